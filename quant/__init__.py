@@ -1,0 +1,1 @@
+"""Rows of floats <-> blocks of bytes. Knows no model and no file."""

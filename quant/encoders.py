@@ -1,0 +1,201 @@
+"""The encoders: blocks of weights -> bytes, one kernel per format. Layouts: the format's own file.
+
+Each takes values (blocks, length) f32 and fills out (blocks, bytes per block) u8. The scales come
+from `quant.search`, except Q8_0's: there the plain d = max |x| / 127 is within 0.1 % of the best.
+"""
+
+import numpy as np
+
+from quant.format import Array
+from quant.jit import inner, kernel
+from quant.search import (
+    TABLE,
+    ZERO,
+    Float,
+    best_line,
+    best_slope,
+    fit_lines,
+    fit_slopes,
+    half_bits,
+    half_scale,
+    half_value,
+    load,
+    round_codes,
+)
+
+
+@inner
+def put_half(out: Array, at: int, bits: int) -> None:
+    """Store f16 bits at out[at : at + 2], little-endian."""
+    out[at] = bits & 0xFF
+    out[at + 1] = bits >> 8
+
+
+@inner
+def put_nibbles(codes: Array, start: int, half: int, out: Array, at: int) -> None:
+    """out[at + i]: low 4 bits of codes[start + i], and above them those of [start + half + i]."""
+    for i in range(half):
+        out[at + i] = (codes[start + i] & 15) | ((codes[start + half + i] & 15) << 4)
+
+
+@inner
+def put_fifth_bits(codes: Array, out: Array, at: int) -> None:
+    """Bit i % 8 of out[at + i // 8]: bit 4 of codes[i], for 32 codes."""
+    for i in range(4):
+        bits = 0
+        for j in range(8):
+            bits |= (codes[8 * i + j] >> 4) << j
+        out[at + i] = bits
+
+
+@kernel
+def q8_0(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 34) u8."""
+    x = np.empty(32, np.float32)
+    codes = np.empty(32, np.uint8)
+    high = np.float32(127)
+    for row in range(len(values)):
+        d = half_scale(load(values[row], x) / high)
+        put_half(out[row], 0, d)
+        round_codes(x, 0, 32, half_value(d), ZERO, -high, high, codes)
+        for i in range(32):
+            out[row, 2 + i] = codes[i] - 127
+
+
+@inner
+def encode_slope(values: Array, low: Float, x: Array, table: Array, codes: Array) -> int:
+    """Codes 0..-2 low - 1 of 32 weights d (code + low); returns the f16 bits of d."""
+    high = -low - np.float32(1)
+    load(values, x)
+    d: int = half_scale(best_slope(x, 0, 32, low, high, table))
+    round_codes(x, 0, 32, half_value(d), ZERO, low, high, codes)
+    return d
+
+
+@kernel
+def q4_0(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 18) u8."""
+    x = np.empty(32, np.float32)
+    table = np.empty(TABLE, np.float32)
+    codes = np.empty(32, np.uint8)
+    for row in range(len(values)):
+        put_half(out[row], 0, encode_slope(values[row], np.float32(-8), x, table, codes))
+        put_nibbles(codes, 0, 16, out[row], 2)
+
+
+@kernel
+def q5_0(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 22) u8."""
+    x = np.empty(32, np.float32)
+    table = np.empty(TABLE, np.float32)
+    codes = np.empty(32, np.uint8)
+    for row in range(len(values)):
+        put_half(out[row], 0, encode_slope(values[row], np.float32(-16), x, table, codes))
+        put_fifth_bits(codes, out[row], 2)
+        put_nibbles(codes, 0, 16, out[row], 6)
+
+
+@kernel
+def q5_1(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 24) u8."""
+    x = np.empty(32, np.float32)
+    table = np.empty(TABLE, np.float32)
+    codes = np.empty(32, np.uint8)
+    high = np.float32(31)
+    for row in range(len(values)):
+        load(values[row], x)
+        slope, offset, _ = best_line(x, 0, 32, high, False, table)
+        d = half_scale(slope)
+        m = half_bits(offset)
+        round_codes(x, 0, 32, half_value(d), half_value(m), ZERO, high, codes)
+        put_half(out[row], 0, d)
+        put_half(out[row], 2, m)
+        put_fifth_bits(codes, out[row], 4)
+        put_nibbles(codes, 0, 16, out[row], 8)
+
+
+@inner
+def encode_lines(
+    values: Array,
+    high: Float,
+    x: Array,
+    table: Array,
+    scale: Array,
+    minimum: Array,
+    codes: Array,
+    out: Array,
+) -> None:
+    """Codes 0..high of 256 weights; stores d, dmin and the packed scales at out[0:16]."""
+    load(values, x)
+    d_bits, dmin_bits = fit_lines(x, high, table, scale, minimum)
+    d = half_value(d_bits)
+    dmin = half_value(dmin_bits)
+    for j in range(8):
+        round_codes(x, 32 * j, 32, d * scale[j], -(dmin * minimum[j]), ZERO, high, codes)
+    put_half(out, 0, d_bits)
+    put_half(out, 2, dmin_bits)
+    for j in range(4):
+        s = int(scale[4 + j])
+        m = int(minimum[4 + j])
+        out[4 + j] = int(scale[j]) | (s >> 4) << 6
+        out[8 + j] = int(minimum[j]) | (m >> 4) << 6
+        out[12 + j] = (s & 15) | (m & 15) << 4
+
+
+@kernel
+def q4_k(values: Array, out: Array) -> None:
+    """values (blocks, 256) f32 -> out (blocks, 144) u8."""
+    x = np.empty(256, np.float32)
+    table = np.empty(TABLE, np.float32)
+    scale = np.empty(8, np.float32)
+    minimum = np.empty(8, np.float32)
+    codes = np.empty(256, np.uint8)
+    for row in range(len(values)):
+        encode_lines(values[row], np.float32(15), x, table, scale, minimum, codes, out[row])
+        for group in range(4):
+            put_nibbles(codes, 64 * group, 32, out[row], 16 + 32 * group)
+
+
+@kernel
+def q5_k(values: Array, out: Array) -> None:
+    """values (blocks, 256) f32 -> out (blocks, 176) u8."""
+    x = np.empty(256, np.float32)
+    table = np.empty(TABLE, np.float32)
+    scale = np.empty(8, np.float32)
+    minimum = np.empty(8, np.float32)
+    codes = np.empty(256, np.uint8)
+    for row in range(len(values)):
+        encode_lines(values[row], np.float32(31), x, table, scale, minimum, codes, out[row])
+        for i in range(32):
+            bits = 0
+            for j in range(8):
+                bits |= (codes[32 * j + i] >> 4) << j
+            out[row, 16 + i] = bits
+        for group in range(4):
+            put_nibbles(codes, 64 * group, 32, out[row], 48 + 32 * group)
+
+
+@kernel
+def q6_k(values: Array, out: Array) -> None:
+    """values (blocks, 256) f32 -> out (blocks, 210) u8."""
+    x = np.empty(256, np.float32)
+    table = np.empty(TABLE, np.float32)
+    scale = np.empty(16, np.float32)
+    codes = np.empty(256, np.uint8)
+    low = np.float32(-32)
+    high = np.float32(31)
+    for row in range(len(values)):
+        load(values[row], x)
+        d_bits = fit_slopes(x, low, high, table, scale)
+        d = half_value(d_bits)
+        for j in range(16):
+            round_codes(x, 16 * j, 16, d * scale[j], ZERO, low, high, codes)
+            out[row, 192 + j] = int(scale[j]) & 0xFF
+        for half in range(2):
+            put_nibbles(codes, 128 * half, 64, out[row], 64 * half)
+            for i in range(32):
+                bits = 0
+                for k in range(4):
+                    bits |= (codes[128 * half + 32 * k + i] >> 4) << (2 * k)
+                out[row, 128 + 32 * half + i] = bits
+        put_half(out[row], 208, d_bits)
