@@ -1,7 +1,8 @@
 """The encoders: blocks of weights -> bytes, one kernel per format. Layouts: the format's own file.
 
 Each takes values (blocks, length) f32 and fills out (blocks, bytes per block) u8. The scales come
-from `quant.search`, except Q8_0's: there the plain d = max |x| / 127 is within 0.1 % of the best.
+from `quant.search`, except Q8_0's, which is the plain d = max |x| / 127: a search takes 10 % off an
+error that is already a tenth of the other formats', at a seventh of the speed.
 """
 
 import numpy as np

@@ -85,9 +85,11 @@ def half_value(bits: int) -> Float:
 
 @inner
 def half_scale(value: Float) -> int:
-    """half_bits, but never zero for a scale that is not zero."""
+    """The bits of an f16 near an f32: not zero, nor so much smaller that it clips the extremes."""
     bits: int = half_bits(value)
-    return bits | 1 if value != ZERO and bits & 0x7FFF == 0 else bits
+    if bits & 0x7FFF < 0x400 and abs(half_value(bits)) < np.abs(value) * np.float32(1 - 2.0**-8):
+        bits += 1
+    return bits
 
 
 @inner
@@ -194,13 +196,11 @@ def best_line(
         qq = np.float64(table[QQ + k])
         qx = np.float64(table[QX + k])
         spread = n * qq - q * q
-        a = 0.0
-        if spread > 0.0:
-            a = (n * qx - q * total) / spread
-        b: Float = (total - a * q) / n
+        a = (n * qx - q * total) / spread if spread > 0.0 else np.float64(0)
+        b = (total - a * q) / n
         if negative and b > 0.0:
-            a = qx / qq if qq > 0.0 else 0.0
-            b = 0.0
+            a = qx / qq if qq > 0.0 else np.float64(0)
+            b = np.float64(0)
         g = 2.0 * (a * qx + b * total) - a * a * qq - 2.0 * a * b * q - n * b * b
         if g > gain:
             gain = g
@@ -242,6 +242,8 @@ def fit_slopes(x: Array, low: Float, high: Float, table: Array, scale: Array) ->
     ss = 0.0
     sx = 0.0
     for j in range(16):
+        if scale[j] == ZERO:
+            continue
         nearest = np.rint(scale[j] * inverse(d))
         for k in range(LANES):
             s = min(max(nearest + _NEAR[k], np.float32(-128)), np.float32(127))
@@ -307,8 +309,8 @@ def fit_lines(x: Array, high: Float, table: Array, scale: Array, minimum: Array)
         mx += best_m * total[j]
     spread = ss * mm - sm * sm
     if spread > 0.0:
-        new_d_bits = half_scale(np.float32(max((mm * sx - sm * mx) / spread, 0.0)))
-        new_dmin_bits = half_scale(np.float32(max((sm * sx - ss * mx) / spread, 0.0)))
+        new_d_bits = half_bits(np.float32(max((mm * sx - sm * mx) / spread, 0.0)))
+        new_dmin_bits = half_bits(np.float32(max((sm * sx - ss * mx) / spread, 0.0)))
         new_d = half_value(new_d_bits)
         new_dmin = half_value(new_dmin_bits)
         if _error(new_d, new_dmin, ss, sm, mm, sx, mx) < _error(d, dmin, ss, sm, mm, sx, mx):

@@ -1,0 +1,35 @@
+"""Fixtures that several test modules use."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import cli
+import ondevice
+from tests.fake_model import FakeModel
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    """What `ondevice.load` returns in this test: answers that the test enqueues, no weights."""
+    fake = FakeModel()
+
+    def load(path: str, **settings: object) -> FakeModel:
+        fake.loaded = (path, settings)
+        return fake
+
+    monkeypatch.setattr(ondevice, "load", load)
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """run("generate", "demo", input="Hi"): the command in an empty folder, with stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str, input: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(cli.main, arguments, input=input, prog_name="ondevice")
+
+    return invoke
