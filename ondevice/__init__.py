@@ -1,0 +1,54 @@
+"""Run Qwen3-Next models on this machine's CPU.
+
+    import ondevice
+
+    with ondevice.load("model.gguf") as model:
+        session = model.session(system="You are brief.")
+        for piece in session.send("Hello"):
+            print(piece, end="")
+
+Errors that a user can cause are the classes at the end of this list; all are OndeviceError.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import Error
+
+if TYPE_CHECKING:
+    from ondevice.model import Model
+    from ondevice.sampling import Sampling
+    from ondevice.session import Session
+
+__all__ = ["Error", "Model", "Sampling", "Session", "load"]
+_LAZY = {"Model": "model", "Sampling": "sampling", "Session": "session"}
+
+
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    context: int | None = None,
+    memory: int | None = None,
+) -> "Model":
+    """Open a GGUF file, or the bundled model by the name "demo".
+
+    threads: of computation, all available cores by default.
+    context: tokens of prompt and answer together, the model's own up to 32,768 by default.
+    memory: bytes that the model may take; less than it needs is refused.
+    Raises Error, with one line that names what is wrong with the file or the options.
+    """
+    from ondevice.model import Model
+
+    if str(path) == "demo" and not Path("demo").is_file():
+        from ondevice.demo import gguf_path
+
+        path = gguf_path()
+    return Model(Path(path), threads, context, memory)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"ondevice.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

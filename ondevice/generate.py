@@ -1,0 +1,189 @@
+"""A prompt's continuation: prefill in batches, then the decode loop in bursts.
+
+The decode loop runs natively for several tokens at a time, as many as fit into about 40 ms, so
+that text still streams smoothly, an answer can be stopped at once, and the interpreter's lock is
+wanted only a few times a second. The last prompt token is taken by the decode loop itself, whose
+first result is the first token of the answer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ondevice.kernels import layout
+from ondevice.sampling import Sampling
+from ondevice.state import State
+from ondevice.tokenizer import TextStream
+from quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from ondevice.model import Model
+
+BURST_SECONDS = 0.04
+LONGEST_BURST = 128
+
+
+def with_options(sampling: Sampling, options: dict[str, Any]) -> Sampling:
+    """Sampling with those options changed that are not None; UsageError for an unknown one."""
+    known = {field.name for field in dataclasses.fields(Sampling)}
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown option {name}; there are {', '.join(sorted(known))}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(sampling, **given)
+
+
+class Completion:
+    """An iterator over pieces of text; what it came to is known once it is exhausted.
+
+    The state takes in `tokens` beyond its position, and then the answer but for its last token.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        state: State,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int | None = None,
+        when_prefilled: Callable[[], None] | None = None,
+    ) -> None:
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1")
+        prompt = model.checked(tokens)
+        if not len(prompt):
+            raise UsageError("the prompt is empty; at least one token is needed")
+        model.check_room(len(prompt))
+        self._model = model
+        self._state = state
+        room = model.context - len(prompt) + 1
+        self.max_tokens = room if max_tokens is None else min(max_tokens, room)
+        self._history = np.zeros(len(prompt) + self.max_tokens + 1, np.int32)
+        self._history[: len(prompt)] = prompt
+        self._pending = np.zeros(1, np.int32)
+        self._sampler = sampling.record(
+            model.logits_address, model.config.vocabulary, model.ends, model.sampling_space
+        )
+        self._step = model.step(state)
+        self._step[layout.SAMPLER] = self._sampler.ctypes.data
+        self._step[layout.HISTORY] = self._history.ctypes.data
+        self._cancelled = False
+        self._when_prefilled = when_prefilled
+        self.prompt_tokens = len(prompt)
+        self.prefilled_tokens = len(prompt) - state.position
+        """Prompt tokens that the state did not hold already."""
+        self.tokens: list[int] = []
+        """The answer, without the end token."""
+        self.text = ""
+        self.finish_reason: str | None = None
+        """"stop" (end token), "length", or "cancel"; None while running."""
+        self.ended_with: int | None = None
+        self.prompt_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._pieces = self._stream()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def cancel(self) -> None:
+        """Stop at the next token, from any thread."""
+        self._cancelled = True
+        self._step[layout.CANCEL] = 1
+        self._step[layout.ABORT] = self._step[layout.COUNT] > 1
+
+    def close(self) -> None:
+        """End here, as if cancelled; the tokens so far stand."""
+        self._pieces.close()
+        if self.finish_reason is None:
+            self.finish_reason = "cancel"
+
+    def ids(self) -> Iterator[int]:
+        """The tokens of the answer as they come, instead of its text."""
+        for burst in self._bursts():
+            yield from burst
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds, and tokens per second, of the prompt and of the answer."""
+        decoded = len(self.tokens) + (self.ended_with is not None)
+        return {
+            "load_seconds": self._model.load_seconds,
+            "prompt_seconds": self.prompt_seconds,
+            "prompt_tokens_per_second": self.prefilled_tokens / max(self.prompt_seconds, 1e-9),
+            "decode_seconds": self.decode_seconds,
+            "decode_tokens_per_second": max(decoded - 1, 0) / max(self.decode_seconds, 1e-9),
+        }
+
+    def _stream(self) -> Generator[str]:
+        stream = TextStream(self._model.tokenizer)
+        for burst in self._bursts():
+            piece = "".join(stream.feed(token) for token in burst)
+            if piece:
+                self.text += piece
+                yield piece
+        if rest := stream.flush():
+            self.text += rest
+            yield rest
+
+    def _bursts(self) -> Iterator[list[int]]:
+        """Runs the model; yields the tokens of each burst."""
+        started = time.perf_counter()
+        if not self._prefill():
+            self.finish_reason = "cancel"
+            return
+        if self._when_prefilled is not None:
+            self._when_prefilled()
+        burst, first = 1, True
+        while self.finish_reason is None:
+            burst_started = time.perf_counter()
+            tokens = self._decode(min(burst, self.max_tokens - len(self.tokens)))
+            now = time.perf_counter()
+            if first:
+                self.prompt_seconds = now - started
+                first = False
+            else:
+                self.decode_seconds += now - burst_started
+                per_token = (now - burst_started) / max(1, len(tokens))
+                burst = min(2 * burst, LONGEST_BURST, max(1, int(BURST_SECONDS / per_token)))
+            yield tokens
+
+    def _prefill(self) -> bool:
+        from ondevice.model import BATCH
+
+        while self._state.position < self.prompt_tokens - 1:
+            if self._cancelled:
+                return False
+            start = self._state.position
+            batch = self._history[start : min(start + BATCH, self.prompt_tokens - 1)]
+            if not self._model.prefill(self._state, self._step, batch):
+                return False
+        return not self._cancelled
+
+    def _decode(self, limit: int) -> list[int]:
+        """At most `limit` further tokens; sets finish_reason when there will be no more."""
+        step = self._step
+        begin = self._state.position + 1
+        self._pending[0] = self._history[begin - 1]
+        step[layout.TOKENS] = self._pending.ctypes.data
+        step[layout.HISTORY_LENGTH] = begin
+        step[layout.STEPS_LEFT] = limit
+        try:
+            self._model.decode(self._state, step)
+        finally:
+            tokens: list[int] = self._history[begin : int(step[layout.HISTORY_LENGTH])].tolist()
+            if tokens and self._model.ends[tokens[-1]]:
+                self.ended_with = tokens.pop()
+                self.finish_reason = "stop"
+            self.tokens += tokens
+        if self.finish_reason is None:
+            if len(self.tokens) >= self.max_tokens:
+                self.finish_reason = "length"
+            elif self._cancelled:
+                self.finish_reason = "cancel"
+        return tokens

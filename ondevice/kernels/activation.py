@@ -1,0 +1,176 @@
+"""Activations: int8 records for the block formats, and the elementwise functions.
+
+A token's activations become an int8 record beside which a weight block can be multiplied:
+
+    per 256   codes i8 x n | scale f32 x n/256 | sums of 16 codes i16 x n/16     (K formats)
+    per 32    codes i8 x n | scale f32 x n/32  | scale * sum of codes f32 x n/32 (Q4_0 .. Q8_0)
+
+with scale = max |x| / 127 and code = x / scale rounded half to even, so codes lie in -127..127.
+"""
+
+import numpy as np
+
+from ondevice.kernels.layout import COUNT, CURSOR, WORD, argument, word
+from ondevice.kernels.operation import operation
+from ondevice.kernels.simd import (
+    absolute,
+    atomic_add,
+    convert,
+    f32x16,
+    fma,
+    i8x16,
+    i32x16,
+    lane_maximum,
+    lane_sum,
+    load,
+    load_some,
+    maximum,
+    minimum,
+    nearest,
+    power_of_two,
+    splat,
+    store_bytes,
+    store_f32,
+    store_i16,
+    store_some,
+    zero,
+)
+from quant.jit import inner
+
+NONE, PER_256, PER_32 = 0, 1, 2
+"""Kinds of activation record; NONE is plain float32."""
+
+
+def record_bytes(kind: int, columns: int) -> int:
+    """Bytes of one token's record, rounded up to a multiple of 64."""
+    if kind == PER_256:
+        used = columns + columns // 256 * 4 + columns // 16 * 2
+    elif kind == PER_32:
+        used = columns + columns // 32 * 8
+    else:
+        used = columns * 4
+    return -(-used // 64) * 64
+
+
+@inner
+def quantize_group(x, size, codes):
+    """Codes of `size` (a multiple of 16) floats; returns the scale."""
+    greatest = zero(f32x16)
+    for i in range(0, size, 16):
+        greatest = maximum(greatest, absolute(load(f32x16, x + 4 * i)))
+    top = lane_maximum(greatest)
+    inverse = np.float32(0)
+    if top > np.float32(0):
+        inverse = np.float32(127) / top
+    if inverse > np.float32(3.0e38):  # a subnormal maximum: its inverse overflows
+        inverse = np.float32(0)
+    for i in range(0, size, 16):
+        rounded = nearest(load(f32x16, x + 4 * i) * splat(f32x16, inverse))
+        store_bytes(codes + i, convert(i32x16, rounded))
+    return top / np.float32(127)
+
+
+@inner
+def quantize_per_256(x, columns, record):
+    """x (columns,) f32 at an address -> the per-256 record at `record`."""
+    scales = record + columns
+    sums = scales + columns // 256 * 4
+    for b in range(columns // 256):
+        codes = record + 256 * b
+        store_f32(scales + 4 * b, quantize_group(x + 1024 * b, 256, codes))
+        for i in range(16):
+            store_i16(sums + 2 * (16 * b + i), code_sum(codes + 16 * i))
+
+
+@inner
+def code_sum(codes):
+    """Sum of 16 int8."""
+    return np.int64(lane_sum(convert(i32x16, load(i8x16, codes))))
+
+
+@inner
+def quantize_per_32(x, columns, record):
+    """x (columns,) f32 at an address -> the per-32 record at `record`."""
+    scales = record + columns
+    sums = scales + columns // 32 * 4
+    for b in range(columns // 32):
+        codes = record + 32 * b
+        scale = quantize_group(x + 128 * b, 32, codes)
+        store_f32(scales + 4 * b, scale)
+        total = code_sum(codes) + code_sum(codes + 16)
+        store_f32(sums + 4 * b, scale * np.float32(total))
+
+
+@inner
+def quantize_row(x, columns, per_256, per_32):
+    """Fill the records whose address is not 0."""
+    if per_256 != 0:
+        quantize_per_256(x, columns, per_256)
+    if per_32 != 0:
+        quantize_per_32(x, columns, per_32)
+
+
+@inner
+def exponential(x):
+    """exp of an f32x16, to about one unit in the last place; saturates outside -87 .. 88."""
+    x = minimum(maximum(x, splat(f32x16, np.float32(-87.0))), splat(f32x16, np.float32(88.0)))
+    n = nearest(x * np.float32(1.44269504))
+    # ln 2 in two parts: n times the first is exact
+    r = fma(n, np.float32(-0.693145751953125), x)
+    r = fma(n, np.float32(-1.42860677e-6), r)
+    p = splat(f32x16, np.float32(1.0 / 5040))
+    p = fma(p, r, splat(f32x16, np.float32(1.0 / 720)))
+    p = fma(p, r, splat(f32x16, np.float32(1.0 / 120)))
+    p = fma(p, r, splat(f32x16, np.float32(1.0 / 24)))
+    p = fma(p, r, splat(f32x16, np.float32(1.0 / 6)))
+    p = fma(p, r, splat(f32x16, np.float32(0.5)))
+    one = splat(f32x16, np.float32(1.0))
+    p = fma(p, r, one)
+    p = fma(p, r, one)
+    # in two halves, for 2 ** 127 times p may need the exponent 128
+    half = convert(i32x16, n) >> np.int32(1)
+    return p * power_of_two(half) * power_of_two(convert(i32x16, n) - half)
+
+
+@inner
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of an f32x16."""
+    one = splat(f32x16, np.float32(1.0))
+    return one / (one + exponential(zero(f32x16) - x))
+
+
+@inner
+def sigmoid_of(x):
+    """Sigmoid of one float32, the same function as that of a vector."""
+    return lane_maximum(sigmoid(splat(f32x16, x)))
+
+
+@inner
+def silu(x):
+    """x sigmoid(x) of an f32x16."""
+    return x * sigmoid(x)
+
+
+@operation
+def quantize(op, step, thread):
+    """Rows to records: (x, x_bytes, columns, rows per token, per_256, bytes, per_32, bytes)."""
+    x, x_bytes, columns = argument(op, 0), argument(op, 1), argument(op, 2)
+    per_256, per_256_bytes = argument(op, 4), argument(op, 5)
+    per_32, per_32_bytes = argument(op, 6), argument(op, 7)
+    rows = word(step, COUNT) * argument(op, 3)
+    while True:
+        row = atomic_add(op + WORD * CURSOR, 1)
+        if row >= rows:
+            break
+        at_256 = per_256 + row * per_256_bytes if per_256 != 0 else 0
+        at_32 = per_32 + row * per_32_bytes if per_32 != 0 else 0
+        quantize_row(x + row * x_bytes, columns, at_256, at_32)
+
+
+@inner
+def silu_times(gate, up, columns):
+    """gate := silu(gate) * up, over `columns` floats."""
+    for c in range(0, columns, 16):
+        left = columns - c
+        value = silu(load_some(gate + 4 * c, left)) * load_some(up + 4 * c, left)
+        store_some(gate + 4 * c, value, left)

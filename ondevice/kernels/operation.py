@@ -1,0 +1,59 @@
+"""Turning a Python function into a kernel that other machine code calls by address.
+
+Every kernel of a program has the C signature
+
+    void kernel(int64 operation, int64 step, int64 thread)
+
+and is compiled when a program first uses it, so a model pays only for the kernels and block
+formats that its file needs. Calls by address keep kernels out of each other's compilation units:
+an interpreter over any number of kernels compiles in no time, and each is cached on its own.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numba
+from numba.core import types
+
+from quant.jit import OPTIONS
+
+
+class CompiledFunction:
+    """A function of `count` int64 arguments with a C address; compiled on first use."""
+
+    def __init__(self, function: Callable[..., Any], count: int) -> None:
+        self.function = function
+        self.count = count
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def _compiled(self) -> Any:
+        signature = types.void(*[types.int64] * self.count)
+        options = {name: value for name, value in OPTIONS.items() if name != "nogil"}
+        return numba.cfunc(signature, **options)(self.function)
+
+    @property
+    def address(self) -> int:
+        """Where the machine code begins."""
+        return int(self._compiled.address)
+
+    def __call__(self, *arguments: int) -> None:
+        """Call it from Python, for tests: every argument an int."""
+        self._compiled.ctypes(*arguments)
+
+
+def operation(function: Callable[[int, int, int], None]) -> CompiledFunction:
+    """A kernel that a program can hold: (operation record, step record, thread)."""
+    return CompiledFunction(function, 3)
+
+
+def row_kernel(function: Callable[..., None]) -> CompiledFunction:
+    """A per-format product of weight rows with tokens; arguments as in `dot`."""
+    return CompiledFunction(function, 12)
+
+
+def expand_kernel(function: Callable[[int, int, int], None]) -> CompiledFunction:
+    """A per-format expansion of one row of blocks: (blocks, columns, f32 out)."""
+    return CompiledFunction(function, 3)

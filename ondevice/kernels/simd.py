@@ -1,0 +1,830 @@
+"""Vector values inside compiled kernels.
+
+LLVM's auto-vectoriser does not find int8 dot products, so kernels say what they mean: a `Vec` is
+a Numba type for an LLVM vector (`u8x64` is 64 unsigned bytes), addresses are plain integers, and a
+few dozen intrinsics load, store, combine and reduce. A vector wider than the machine's registers
+is split by LLVM; only the dot products below choose instructions by hand, from what the compile
+target reports (AVX-512 VNNI, AVX-VNNI, AVX2, NEON dot product, plain code otherwise).
+
+Rules that every kernel relies on:
+    loads and stores need no alignment
+    float operations carry no fast-math flag: what is written is what is computed, in that order
+    a dot product may leave its sum in any distribution over the lanes; only the lanes' total is
+    defined, exact in int32
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import errors, types
+from numba.core.registry import cpu_target
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+FEATURES = frozenset(
+    feature[1:]
+    for feature in cpu_target.target_context.codegen()._tm_features.split(",")
+    if feature.startswith("+")
+)
+"""What the compile target can do, in LLVM's names; honours NUMBA_CPU_FEATURES."""
+
+
+class Vec(types.Type):
+    """`lanes` values of Numba type `element` in one LLVM vector."""
+
+    def __init__(self, element: types.Type, lanes: int) -> None:
+        self.element = element
+        self.lanes = lanes
+        super().__init__(name=f"vec<{element} x {lanes}>")
+
+
+@register_model(Vec)
+class VecModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, frontend: Vec) -> None:
+        super().__init__(manager, frontend, llvm_type(frontend))
+
+
+def element_type(element: Any) -> ir.Type:
+    """The LLVM type of a Numba number type."""
+    bits = element.bitwidth
+    if isinstance(element, types.Integer):
+        return ir.IntType(bits)
+    return {16: F16, 32: F32, 64: ir.DoubleType()}[bits]
+
+
+def llvm_type(vec: Vec) -> ir.VectorType:
+    return ir.VectorType(element_type(vec.element), vec.lanes)
+
+
+u8x16, u8x32, u8x64 = (Vec(types.uint8, n) for n in (16, 32, 64))
+i8x16, i8x32, i8x64 = (Vec(types.int8, n) for n in (16, 32, 64))
+i16x8, i16x16, i16x32 = (Vec(types.int16, n) for n in (8, 16, 32))
+u16x16 = Vec(types.uint16, 16)
+u32x4, u32x16 = Vec(types.uint32, 4), Vec(types.uint32, 16)
+i32x8, i32x16 = Vec(types.int32, 8), Vec(types.int32, 16)
+f32x8, f32x16 = Vec(types.float32, 8), Vec(types.float32, 16)
+
+
+# ---- building LLVM values ----
+
+
+def constant(kind: ir.Type, value: Any) -> ir.Constant:
+    return ir.Constant(kind, value)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
+    """Call the LLVM intrinsic `name`, declaring it when this module does not know it yet."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        function = ir.Function(builder.module, kind, name)
+    return builder.call(function, args)
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    undefined = constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, constant(I32, 0))
+    return shuffle_lanes(builder, first, undefined, [0] * lanes)
+
+
+def shuffle_lanes(
+    builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: Sequence[int]
+) -> ir.Value:
+    return builder.shuffle_vector(
+        a, b, constant(ir.VectorType(I32, len(lanes)), [constant(I32, lane) for lane in lanes])
+    )
+
+
+def part(builder: ir.IRBuilder, value: ir.Value, start: int, count: int) -> ir.Value:
+    """Lanes start .. start + count of a vector."""
+    return shuffle_lanes(builder, value, value, range(start, start + count))
+
+
+def join(builder: ir.IRBuilder, pieces: Sequence[ir.Value]) -> ir.Value:
+    """Equal vectors, a power of two of them, end to end."""
+    values = list(pieces)
+    while len(values) > 1:
+        lanes = values[0].type.count * 2
+        values = [
+            shuffle_lanes(builder, values[i], values[i + 1], range(lanes))
+            for i in range(0, len(values), 2)
+        ]
+    return values[0]
+
+
+def load_from(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def store_to(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def vec_of(kind: types.Type) -> Vec:
+    if isinstance(kind, types.TypeRef) and isinstance(kind.instance_type, Vec):
+        return kind.instance_type
+    raise errors.TypingError(f"a vector type is needed, not {kind}")
+
+
+# ---- operators ----
+
+_INTEGER = {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.and_: "and_",
+    operator.or_: "or_",
+    operator.xor: "xor",
+}
+_FLOAT = {
+    operator.add: "fadd",
+    operator.sub: "fsub",
+    operator.mul: "fmul",
+    operator.truediv: "fdiv",
+}
+_IN_PLACE = {
+    operator.add: operator.iadd,
+    operator.sub: operator.isub,
+    operator.mul: operator.imul,
+    operator.or_: operator.ior,
+    operator.and_: operator.iand,
+}
+
+
+def _register_operator(spelling: Any, meaning: Any) -> None:
+    @infer_global(spelling)
+    class Template(AbstractTemplate):
+        def generic(self, args: tuple[types.Type, ...], kws: dict[str, Any]) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vec):
+                if args[1] == args[0]:
+                    return signature(args[0], args[0], args[0])
+                if isinstance(args[1], types.Number):
+                    return signature(args[0], args[0], args[0].element)
+            return None
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        vec, (a, b) = sig.args[0], args
+        if not isinstance(sig.args[1], Vec):
+            b = broadcast(builder, b, vec.lanes)
+        table = _FLOAT if isinstance(vec.element, types.Float) else _INTEGER
+        return getattr(builder, table[meaning])(a, b)
+
+    lower_builtin(spelling, Vec, Vec)(lower)
+    lower_builtin(spelling, Vec, types.Number)(lower)
+
+
+for _meaning in _INTEGER | _FLOAT:
+    _register_operator(_meaning, _meaning)
+    if _meaning in _IN_PLACE:
+        _register_operator(_IN_PLACE[_meaning], _meaning)
+
+
+def _register_shift(spelling: Any) -> None:
+    @infer_global(spelling)
+    class Template(AbstractTemplate):
+        def generic(self, args: tuple[types.Type, ...], kws: dict[str, Any]) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vec) and isinstance(args[1], types.Integer):
+                return signature(args[0], args[0], args[0].element)
+            return None
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        vec = sig.args[0]
+        amount = broadcast(builder, args[1], vec.lanes)
+        if spelling is operator.lshift:
+            return builder.shl(args[0], amount)
+        return (builder.ashr if vec.element.signed else builder.lshr)(args[0], amount)
+
+    lower_builtin(spelling, Vec, types.Integer)(lower)
+
+
+_register_shift(operator.lshift)
+_register_shift(operator.rshift)
+
+
+# ---- memory ----
+
+
+@intrinsic
+def load(typing: Any, kind: Any, address: Any) -> Any:
+    """load(u8x64, address): a vector from memory."""
+    vec = vec_of(kind)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return load_from(builder, args[1], llvm_type(vec))
+
+    return vec(kind, types.intp), lower
+
+
+@intrinsic
+def store(typing: Any, address: Any, value: Any) -> Any:
+    """store(address, vector)."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        store_to(builder, args[0], args[1])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, value), lower
+
+
+def _lane_mask(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    numbers = constant(ir.VectorType(I64, lanes), [constant(I64, i) for i in range(lanes)])
+    return builder.icmp_signed("<", numbers, broadcast(builder, count, lanes))
+
+
+@intrinsic
+def load_some(typing: Any, address: Any, count: Any) -> Any:
+    """The first min(count, 16) floats at address in an f32x16, zero in the other lanes."""
+    kind = llvm_type(f32x16)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], kind.as_pointer())
+        mask = _lane_mask(builder, args[1], 16)
+        rest = [pointer, constant(I32, 1), mask, constant(kind, None)]
+        return call(builder, "llvm.masked.load.v16f32.p0", kind, rest)
+
+    return f32x16(types.intp, types.intp), lower
+
+
+@intrinsic
+def store_some(typing: Any, address: Any, value: Any, count: Any) -> Any:
+    """Store the first min(count, 16) lanes of an f32x16."""
+    kind = llvm_type(f32x16)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], kind.as_pointer())
+        mask = _lane_mask(builder, args[2], 16)
+        rest = [args[1], pointer, constant(I32, 1), mask]
+        call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), rest)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, f32x16, types.intp), lower
+
+
+def _scalar_load(result: types.Type, convert: Callable[[Any, Any], Any]) -> Any:
+    @intrinsic
+    def scalar_load(typing: Any, address: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return convert(builder, args[0])
+
+        return result(types.intp), lower
+
+    return scalar_load
+
+
+load_i64 = _scalar_load(types.int64, lambda b, p: load_from(b, p, I64))
+load_i32 = _scalar_load(types.int64, lambda b, p: b.sext(load_from(b, p, I32), I64))
+load_u32 = _scalar_load(types.uint32, lambda b, p: load_from(b, p, I32))
+load_u8 = _scalar_load(types.int64, lambda b, p: b.zext(load_from(b, p, I8), I64))
+load_i8 = _scalar_load(types.int64, lambda b, p: b.sext(load_from(b, p, I8), I64))
+load_f32 = _scalar_load(types.float32, lambda b, p: load_from(b, p, F32))
+load_f64 = _scalar_load(types.float64, lambda b, p: load_from(b, p, ir.DoubleType()))
+load_f16 = _scalar_load(types.float32, lambda b, p: b.fpext(load_from(b, p, F16), F32))
+load_bf16 = _scalar_load(
+    types.float32,
+    lambda b, p: b.bitcast(b.shl(b.zext(load_from(b, p, I16), I32), constant(I32, 16)), F32),
+)
+
+
+def _scalar_store(kind: types.Type, convert: Callable[[Any, Any], Any]) -> Any:
+    @intrinsic
+    def scalar_store(typing: Any, address: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            store_to(builder, args[0], convert(builder, args[1]))
+            return context.get_dummy_value()
+
+        return types.none(types.intp, kind), lower
+
+    return scalar_store
+
+
+store_f32 = _scalar_store(types.float32, lambda b, x: x)
+store_i64 = _scalar_store(types.int64, lambda b, x: x)
+store_i32 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I32))
+store_i16 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I16))
+
+
+@intrinsic
+def load_halves(typing: Any, address: Any) -> Any:
+    """16 IEEE halves at address as an f32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        halves = load_from(builder, args[0], ir.VectorType(F16, 16))
+        return builder.fpext(halves, llvm_type(f32x16))
+
+    return f32x16(types.intp), lower
+
+
+@intrinsic
+def store_halves(typing: Any, address: Any, value: Any) -> Any:
+    """Round an f32x16 to 16 IEEE halves."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        store_to(builder, args[0], builder.fptrunc(args[1], ir.VectorType(F16, 16)))
+        return context.get_dummy_value()
+
+    return types.none(types.intp, f32x16), lower
+
+
+@intrinsic
+def load_bfloats(typing: Any, address: Any) -> Any:
+    """16 bfloat16 at address as an f32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words = ir.VectorType(I32, 16)
+        bits = builder.zext(load_from(builder, args[0], ir.VectorType(I16, 16)), words)
+        shift = broadcast(builder, constant(I32, 16), 16)
+        return builder.bitcast(builder.shl(bits, shift), llvm_type(f32x16))
+
+    return f32x16(types.intp), lower
+
+
+@intrinsic
+def store_bytes(typing: Any, address: Any, value: Any) -> Any:
+    """Store the 16 lanes of an i32x16 as 16 bytes; each must fit an int8."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        store_to(builder, args[0], builder.trunc(args[1], ir.VectorType(I8, 16)))
+        return context.get_dummy_value()
+
+    return types.none(types.intp, i32x16), lower
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at address in the second-level cache."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        flags = [constant(I32, value) for value in (0, 2, 1)]
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), lower
+
+
+# ---- values ----
+
+
+@intrinsic
+def zero(typing: Any, kind: Any) -> Any:
+    """zero(f32x16): all lanes 0."""
+    vec = vec_of(kind)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(llvm_type(vec), None)
+
+    return vec(kind), lower
+
+
+@intrinsic
+def splat(typing: Any, kind: Any, value: Any) -> Any:
+    """splat(f32x16, x): x in all lanes."""
+    vec = vec_of(kind)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return broadcast(builder, args[1], vec.lanes)
+
+    return vec(kind, vec.element), lower
+
+
+@intrinsic
+def four_words(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Four uint32 side by side in a u32x4."""
+    word = types.uint32
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = constant(ir.VectorType(I32, 4), ir.Undefined)
+        for i, value in enumerate(args):
+            vector = builder.insert_element(vector, value, constant(I32, i))
+        return vector
+
+    return u32x4(word, word, word, word), lower
+
+
+@intrinsic
+def convert(typing: Any, kind: Any, value: Any) -> Any:
+    """convert(f32x16, v): the same numbers in another element type (towards zero for ints)."""
+    vec = vec_of(kind)
+    source: Any = value.element
+    target_element: Any = vec.element
+    is_float, was_float = (isinstance(e, types.Float) for e in (vec.element, source))
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        target = llvm_type(vec)
+        if is_float:
+            return (builder.sitofp if source.signed else builder.uitofp)(args[1], target)
+        if was_float:
+            return builder.fptosi(args[1], target)
+        if source.bitwidth < target_element.bitwidth:
+            return (builder.sext if source.signed else builder.zext)(args[1], target)
+        return builder.trunc(args[1], target)
+
+    return vec(kind, value), lower
+
+
+@intrinsic
+def bitcast(typing: Any, kind: Any, value: Any) -> Any:
+    """bitcast(u8x16, v): the same bits as another vector of equal size."""
+    vec = vec_of(kind)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[1], llvm_type(vec))
+
+    return vec(kind, value), lower
+
+
+def lane_shuffle(lanes: Sequence[int]) -> Any:
+    """An intrinsic v -> the lanes of v at these (constant) places."""
+    places = tuple(lanes)
+
+    @intrinsic
+    def shuffle(typing: Any, value: Any) -> Any:
+        result = Vec(value.element, len(places))
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return shuffle_lanes(builder, args[0], args[0], places)
+
+        return result(value), lower
+
+    return shuffle
+
+
+def bit_field(shifts: tuple[int, int], mask: int) -> Any:
+    """An intrinsic: 32 bytes -> 64, (byte >> shifts[0]) & mask, then (byte >> shifts[1]) & mask.
+
+    A right shift of dwords moves bits across bytes; the mask must cut those off, so
+    mask < 2 ** (8 - shift).
+    """
+    assert all(mask < 1 << (8 - shift) for shift in shifts)
+
+    @intrinsic
+    def fields(typing: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            words = builder.bitcast(args[0], ir.VectorType(I32, 8))
+            twice = shuffle_lanes(builder, words, words, [*range(8), *range(8)])
+            amounts = [constant(I32, shifts[i // 8]) for i in range(16)]
+            moved = builder.lshr(twice, constant(ir.VectorType(I32, 16), amounts))
+            masks = broadcast(builder, constant(I32, mask * 0x01010101), 16)
+            return builder.bitcast(builder.and_(moved, masks), llvm_type(u8x64))
+
+        return u8x64(u8x32), lower
+
+    return fields
+
+
+nibbles = bit_field((0, 4), 15)
+"""32 bytes -> their 32 low nibbles, then their 32 high nibbles."""
+
+
+@intrinsic
+def halves_of_bytes(typing: Any, value: Any) -> Any:
+    """16 bytes -> their 16 low nibbles, then their 16 high nibbles, as u8x32."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        low = builder.and_(args[0], broadcast(builder, constant(I8, 15), 16))
+        high = builder.lshr(args[0], broadcast(builder, constant(I8, 4), 16))
+        return join(builder, [low, high])
+
+    return u8x32(u8x16), lower
+
+
+@intrinsic
+def byte_bits(typing: Any, value: Any) -> Any:
+    """A 32-bit word -> 32 bytes, byte i being bit i."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 32))
+        return builder.zext(bits, llvm_type(u8x32))
+
+    return u8x32(types.uint32), lower
+
+
+# ---- float arithmetic ----
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once; vectors or float32 scalars, b may be a scalar beside vectors."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, y, z = args
+        if not isinstance(a, Vec):
+            return call(builder, "llvm.fma.f32", F32, [x, y, z])
+        if not isinstance(b, Vec):
+            y = broadcast(builder, y, a.lanes)
+        return call(builder, f"llvm.fma.v{a.lanes}f32", llvm_type(a), [x, y, z])
+
+    if isinstance(a, Vec):
+        return a(a, b if isinstance(b, Vec) else a.element, a), lower
+    return types.float32(types.float32, types.float32, types.float32), lower
+
+
+def _unary(name: str) -> Any:
+    @intrinsic
+    def unary(typing: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = llvm_type(value)
+            return call(builder, f"llvm.{name}.v{value.lanes}f32", kind, list(args))
+
+        return value(value), lower
+
+    return unary
+
+
+absolute = _unary("fabs")
+nearest = _unary("roundeven")
+
+
+def _pairwise(name: str) -> Any:
+    @intrinsic
+    def pairwise(typing: Any, a: Any, b: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return call(builder, f"llvm.{name}.v{a.lanes}f32", llvm_type(a), list(args))
+
+        return a(a, a), lower
+
+    return pairwise
+
+
+maximum = _pairwise("maxnum")
+minimum = _pairwise("minnum")
+
+
+def _fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[Any, Any], Any]) -> ir.Value:
+    """Halve a vector until one lane is left: a fixed tree, so the result is reproducible."""
+    while value.type.count > 1:
+        half = value.type.count // 2
+        value = combine(part(builder, value, 0, half), part(builder, value, half, half))
+    return builder.extract_element(value, constant(I32, 0))
+
+
+@intrinsic
+def lane_sum(typing: Any, value: Any) -> Any:
+    """The sum of all lanes, added in a fixed tree."""
+    is_float = isinstance(value.element, types.Float)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _fold(builder, args[0], builder.fadd if is_float else builder.add)
+
+    return value.element(value), lower
+
+
+@intrinsic
+def lane_maximum(typing: Any, value: Any) -> Any:
+    """The greatest lane."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def greater(a: Any, b: Any) -> Any:
+            if a.type.count == 1:
+                first = [builder.extract_element(x, constant(I32, 0)) for x in (a, b)]
+                single = call(builder, "llvm.maxnum.f32", F32, first)
+                return broadcast(builder, single, 1)
+            return call(builder, f"llvm.maxnum.v{a.type.count}f32", a.type, [a, b])
+
+        return _fold(builder, args[0], greater)
+
+    return value.element(value), lower
+
+
+@intrinsic
+def power_of_two(typing: Any, exponent: Any) -> Any:
+    """2 ** exponent for an i32x16 of exponents in -126 .. 127, as f32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        biased = builder.add(args[0], broadcast(builder, constant(I32, 127), 16))
+        bits = builder.shl(biased, broadcast(builder, constant(I32, 23), 16))
+        return builder.bitcast(bits, llvm_type(f32x16))
+
+    return f32x16(i32x16), lower
+
+
+# ---- integer dot products ----
+
+_HAS_VNNI_512 = {"avx512vnni", "avx512bw"} <= FEATURES
+_HAS_VNNI_256 = {"avx512vnni", "avx512vl"} <= FEATURES or "avxvnni" in FEATURES
+_HAS_AVX512BW = "avx512bw" in FEATURES
+_HAS_AVX2 = "avx2" in FEATURES
+_HAS_SDOT = "dotprod" in FEATURES
+
+
+def _in_pieces(
+    builder: ir.IRBuilder, pieces: int, operands: Sequence[ir.Value], emit: Callable[..., Any]
+) -> ir.Value:
+    """Apply `emit` to equal parts of the operands and join what it returns."""
+    if pieces == 1:
+        return emit(*operands)
+    results = []
+    for i in range(pieces):
+        counts = [x.type.count // pieces for x in operands]
+        results.append(
+            emit(*(part(builder, x, i * n, n) for x, n in zip(operands, counts, strict=True)))
+        )
+    return join(builder, results)
+
+
+def _widened_products(builder: ir.IRBuilder, w: Any, a: Any, weights_signed: bool) -> ir.Value:
+    """w[i] * a[i] as int32, in plain LLVM."""
+    wide = ir.VectorType(I32, w.type.count)
+    extended = builder.sext(w, wide) if weights_signed else builder.zext(w, wide)
+    return builder.mul(extended, builder.sext(a, wide))
+
+
+def _sum_to(builder: ir.IRBuilder, value: Any, lanes: int) -> ir.Value:
+    while value.type.count > lanes:
+        half = value.type.count // 2
+        value = builder.add(part(builder, value, 0, half), part(builder, value, half, half))
+    return value
+
+
+def _madd(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
+    """x86 pmaddwd: pairs of int16 products summed in int32; any width that the host has."""
+    lanes = a.type.count
+    name = {32: "avx512.pmaddw.d.512", 16: "avx2.pmadd.wd", 8: "sse2.pmadd.wd"}[lanes]
+    return call(builder, f"llvm.x86.{name}", ir.VectorType(I32, lanes // 2), [a, b])
+
+
+@intrinsic
+def dot_scaled(typing: Any, total: Any, w: Any, a: Any, scale: Any) -> Any:
+    """total (i32x16) + sum of w * a * scale: w u8x64 in 0..63, a i8x64, scale i16x32.
+
+    The scale must be constant over each aligned group of 16 weights (8 lanes of scale).
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        acc, weights, acts, scales = args
+
+        def x86(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
+            lanes = scales.type.count
+            name = {32: "avx512.pmaddubs.w.512", 16: "avx2.pmadd.ub.sw"}[lanes]
+            kind = ir.VectorType(I16, lanes)
+            pairs = call(builder, f"llvm.x86.{name}", kind, [weights, acts])
+            if (lanes == 32 and _HAS_VNNI_512) or (lanes == 16 and _HAS_VNNI_256):
+                name = f"llvm.x86.avx512.vpdpwssd.{lanes * 16}"
+                return call(builder, name, acc.type, [acc, pairs, scales])
+            return builder.add(acc, _madd(builder, pairs, scales))
+
+        def neon(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
+            kind = ir.VectorType(I32, 4)
+            zeros = constant(kind, None)
+            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+            dots = call(builder, name, kind, [zeros, weights, acts])
+            factors = builder.sext(part(builder, scales, 0, 4), kind)
+            return builder.add(acc, builder.mul(dots, factors))
+
+        def plain(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
+            products = _widened_products(builder, weights, acts, False)
+            factors = builder.sext(part(builder, scales, 0, 4), ir.VectorType(I32, 4))
+            return builder.add(acc, builder.mul(_sum_to(builder, products, 4), factors))
+
+        operands = [acc, weights, acts, scales]
+        if _HAS_AVX512BW:
+            return x86(*operands)
+        if _HAS_AVX2:
+            return _in_pieces(builder, 2, operands, x86)
+        return _in_pieces(builder, 4, operands, neon if _HAS_SDOT else plain)
+
+    return total(total, w, a, scale), lower
+
+
+@intrinsic
+def dot_small(typing: Any, w: Any, a: Any) -> Any:
+    """Sum of w * a as i32x8: w u8x32 in 0..63, a i8x32."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        weights, acts = args
+        result = ir.VectorType(I32, 8)
+        if _HAS_VNNI_256:
+            name = "llvm.x86.avx512.vpdpbusd.256"
+            return call(builder, name, result, [constant(result, None), weights, acts])
+        if _HAS_AVX2:
+            kind = ir.VectorType(I16, 16)
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [weights, acts])
+            ones = broadcast(builder, constant(I16, 1), 16)
+            return _madd(builder, pairs, ones)
+        if _HAS_SDOT:
+            return _sdot(builder, weights, acts)
+        return _sum_to(builder, _widened_products(builder, weights, acts, False), 8)
+
+    return i32x8(w, a), lower
+
+
+@intrinsic
+def dot_signed(typing: Any, w: Any, a: Any) -> Any:
+    """Sum of w * a as i32x8: w i8x32, a i8x32 with no -128."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        weights, acts = args
+        result = ir.VectorType(I32, 8)
+        if _HAS_VNNI_256:
+            # |w| is unsigned; the sign goes over to the activation.
+            zeros = constant(weights.type, None)
+            negative = builder.icmp_signed("<", weights, zeros)
+            magnitude = builder.select(negative, builder.sub(zeros, weights), weights)
+            signed = builder.select(negative, builder.sub(zeros, acts), acts)
+            name = "llvm.x86.avx512.vpdpbusd.256"
+            return call(builder, name, result, [constant(result, None), magnitude, signed])
+        if _HAS_AVX2:
+            wide = ir.VectorType(I16, 16)
+            halves = []
+            for start in (0, 16):
+                x = builder.sext(part(builder, weights, start, 16), wide)
+                y = builder.sext(part(builder, acts, start, 16), wide)
+                halves.append(_madd(builder, x, y))
+            return builder.add(*halves)
+        if _HAS_SDOT:
+            return _sdot(builder, weights, acts)
+        return _sum_to(builder, _widened_products(builder, weights, acts, True), 8)
+
+    return i32x8(w, a), lower
+
+
+def _sdot(builder: ir.IRBuilder, weights: Any, acts: Any) -> ir.Value:
+    kind = ir.VectorType(I32, 4)
+
+    def emit(w: Any, a: Any) -> Any:
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return call(builder, name, kind, [constant(kind, None), w, a])
+
+    return _in_pieces(builder, 2, [weights, acts], emit)
+
+
+@intrinsic
+def dot_words(typing: Any, a: Any, b: Any) -> Any:
+    """Sum of a * b as i32x8: both i16x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if _HAS_AVX2:
+            return _madd(builder, *args)
+        wide = ir.VectorType(I32, 16)
+        products = builder.mul(builder.sext(args[0], wide), builder.sext(args[1], wide))
+        return _sum_to(builder, products, 8)
+
+    return i32x8(a, b), lower
+
+
+# ---- threads ----
+
+
+@intrinsic
+def atomic_add(typing: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at address; returns what was there before."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+
+    return types.int64(types.intp, types.int64), lower
+
+
+@intrinsic
+def atomic_load(typing: Any, address: Any) -> Any:
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.intp), lower
+
+
+@intrinsic
+def atomic_store(typing: Any, address: Any, value: Any) -> Any:
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        builder.store_atomic(args[1], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.int64), lower
+
+
+@intrinsic
+def pause(typing: Any) -> Any:
+    """Tell the core that this is a spin loop; nothing on other machines than x86."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if "sse2" in FEATURES:
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.none(), lower
+
+
+def function_call(count: int, result: types.Type = types.none) -> Any:
+    """An intrinsic calling the C function at an address: (address, `count` x int64) -> result."""
+    integers = [types.int64] * count
+
+    @intrinsic
+    def call_address(typing: Any, address: Any, args: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            returned = ir.VoidType() if result is types.none else element_type(result)
+            kind = ir.FunctionType(returned, [I64] * count)
+            function = builder.inttoptr(values[0], kind.as_pointer())
+            unpacked = [builder.extract_value(values[1], i) for i in range(count)]
+            outcome = builder.call(function, unpacked)
+            return context.get_dummy_value() if result is types.none else outcome
+
+        return result(types.intp, types.UniTuple(types.int64, len(integers))), lower
+
+    return call_address

@@ -1,0 +1,82 @@
+"""Gated DeltaNet, the token mixer of three layers in four.
+
+    qkv, z, (b, alpha) = W_qkv x, W_z x, W_ba x
+    q, k, v = silu(conv(qkv))
+    o = delta_rule(q, k, v, decay(alpha), sigmoid(b))        kernels/delta.py
+    y = W_out (norm(o) * silu(z))                            norm per value head
+
+HF: Qwen3NextGatedDeltaNet in transformers, models/qwen3_next/modeling_qwen3_next.py.
+"""
+
+import numpy as np
+
+from ondevice.config import Config
+from ondevice.kernels import delta, norm
+from ondevice.program import Buffer, Program, float_bits, record_arguments
+from ondevice.weights import Weights
+
+
+def memory_bytes(config: Config) -> int:
+    """Bytes of one layer's state: the convolution's window, then the delta memory."""
+    return window_bytes(config) + delta.memory_bytes(config.value_heads, config.state_size)
+
+
+def window_bytes(config: Config) -> int:
+    """Bytes of the last inputs of the convolution, rounded up to cache lines."""
+    return -(-4 * (config.conv_kernel - 1) * config.conv_channels // 64) * 64
+
+
+def deltanet(
+    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, place: int
+) -> Buffer:
+    """y for every token; `place` is where this layer's state begins, in bytes."""
+    block = f"blk.{layer}"
+    hidden, size = config.hidden, config.state_size
+    qkv_matrix, z_matrix = weights.delta_input(layer)
+    ba_matrix = weights.matrix(f"{block}.ssm_ba.weight", 2 * config.value_heads, hidden)
+    out_matrix = weights.matrix(f"{block}.ssm_out.weight", hidden, config.value_dim)
+    conv = weights.array(f"{block}.ssm_conv1d.weight", config.conv_channels, config.conv_kernel)
+    readers = (qkv_matrix, z_matrix, ba_matrix)
+
+    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
+    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
+    qkv = program.linear(qkv_matrix, h, "qkv", meet=False)
+    z = program.linear(z_matrix, h, "z", meet=False)
+    ba = program.linear(ba_matrix, h, "ba")
+
+    mixed = program.buffer("convolved", 4 * config.conv_channels)
+    program.add(
+        delta.convolve,
+        *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
+        *(config.conv_channels, config.conv_kernel),
+        program.keep(np.ascontiguousarray(conv.T)),
+        place,
+    )
+    capacity = program.capacity
+    kq = program.keep(np.zeros((capacity, config.key_heads), np.float32))
+    decay = program.keep(np.zeros((capacity, config.value_heads), np.float32))
+    beta = program.keep(np.zeros((capacity, config.value_heads), np.float32))
+    program.add(
+        delta.delta_inputs,
+        *(mixed.address, mixed.row_bytes, ba.address, ba.row_bytes),
+        *(config.key_heads, config.value_heads, size),
+        program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
+        program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
+        *(kq, decay, beta),
+    )
+    o = program.activation("delta output", config.value_dim, (out_matrix,))
+    program.add(
+        delta.delta_rule,
+        *(mixed.address, mixed.row_bytes, kq, decay, beta),
+        *(o.floats.address, o.floats.row_bytes),
+        *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
+    )
+    program.add(
+        norm.gated_norm,
+        *(o.floats.address, o.floats.row_bytes, z.address, z.row_bytes),
+        *(config.value_heads, size),
+        program.keep(weights.vector(f"{block}.ssm_norm.weight", size)),
+        float_bits(config.norm_epsilon),
+        *record_arguments(o),
+    )
+    return program.linear(out_matrix, o, "mixer output")

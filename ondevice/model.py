@@ -1,0 +1,320 @@
+"""A model that is open: its forward pass, written down once as programs, and the threads to run it.
+
+    x = embedding(tokens)
+    for each layer:   x = x + mix(norm(x));  x = x + experts(norm(x))
+    logits = output(norm(x))
+
+Three programs share the same buffers: `prefill` takes a batch of tokens into a state, `head` gives
+logits for rows of that batch, and `decode` takes one token, chooses the next, and goes on with it
+until a limit, an end token or a request to stop, all in one native call.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ondevice.chat import Template
+from ondevice.config import Config
+from ondevice.gguf_file import GGUFFile
+from ondevice.kernels import expand, layout, sample
+from ondevice.kernels.formats import READERS
+from ondevice.kernels.team import Team
+from ondevice.layers.attention import attention, rotations
+from ondevice.layers.deltanet import deltanet, memory_bytes
+from ondevice.layers.moe import moe
+from ondevice.program import Program, zeros
+from ondevice.sampling import Sampling
+from ondevice.state import State, cache_bytes
+from ondevice.state import memory_bytes as state_bytes
+from ondevice.tokenizer import Tokenizer
+from ondevice.weights import Weights
+from quant.errors import Error, ResourceError, UsageError
+from quant.format import Array
+
+if TYPE_CHECKING:
+    from ondevice.generate import Completion
+    from ondevice.session import Session
+
+BATCH = 512
+"""Tokens of a prefill batch."""
+HEAD_ROWS = 16
+"""Rows that the output head computes at a time."""
+DEFAULT_CONTEXT = 32768
+
+
+class Model:
+    """An open model; usable from any thread, calls queue. Made by `ondevice.load`."""
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        context: int | None = None,
+        memory: int | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.path = path
+        self._closed = False
+        self._file = GGUFFile.open(path)
+        try:
+            self.config = Config.from_gguf(self._file)
+            self.context = _context(context, self.config)
+            weights = Weights(self._file, self.config)
+            weights.check()
+            self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
+            _check_vocabulary(path, self.tokenizer, self.config)
+            source = self._file.metadata.get("tokenizer.chat_template")
+            self.template = Template(source, self.tokenizer, path)
+            self.sampling = Sampling.from_metadata(self._file.metadata)
+            _check_memory(memory, self._file.nbytes, self.config, self.context)
+            compiling = time.perf_counter()
+            self._build(weights, threads or default_threads())
+            self.compile_seconds = time.perf_counter() - compiling
+        except BaseException:
+            self._file.close()
+            raise
+        self.ends = np.zeros(self.config.vocabulary, np.uint8)
+        self.ends[list(self.tokenizer.eos_ids)] = 1
+        self.sampling_space = np.zeros(2 * self.config.vocabulary, np.float32)
+        self._lock = threading.Lock()
+        self.load_seconds = time.perf_counter() - started
+
+    def _build(self, weights: Weights, threads: int) -> None:
+        config = self.config
+        program = Program(BATCH, threads)
+        embedding, output = weights.embedding(), weights.output()
+        x = program.buffer("x", 4 * config.hidden)
+        program.add(
+            expand.embed,
+            *(program.keep_matrix(embedding), embedding.row_bytes, embedding.columns),
+            READERS[embedding.format.name].expand.address,
+            *(x.address, x.row_bytes),
+            meet=False,
+        )
+        angles = rotations(program, config)
+        place, index = 0, 0
+        for layer, recurrent in enumerate(config.recurrent):
+            if recurrent:
+                mixed = deltanet(program, config, weights, layer, x, place)
+                place += memory_bytes(config)
+            else:
+                mixed = attention(program, config, weights, layer, x, angles, index)
+                index += 1
+            moe(program, config, weights, layer, x, mixed)
+        self._prefill = program.take()
+        head = Program(HEAD_ROWS, threads)
+        output_norm = weights.vector("output_norm.weight", config.hidden)
+        h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,))
+        self._logits = head.linear(output, h, "logits")
+        self._head = head.take()
+        head.add(sample.sample)
+        self._decode = np.concatenate([self._prefill, self._head, head.take()])
+        self._programs = (program, head)
+        self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
+        self._scratch = zeros(threads * self.scratch_bytes)
+        self._team = Team(threads)
+
+    # ---- the native calls ----
+
+    @property
+    def threads(self) -> int:
+        return self._team.threads
+
+    def step(self, state: State) -> Array:
+        """A step record for running programs on `state`; the caller keeps both alive."""
+        words = np.zeros(layout.STEP_WORDS, np.int64)
+        words[layout.THREADS] = self.threads
+        words[layout.STATE] = state.memory.ctypes.data
+        words[layout.CACHE] = state.cache.ctypes.data
+        words[layout.CONTEXT] = state.capacity
+        words[layout.SCRATCH] = self._scratch.ctypes.data
+        words[layout.SCRATCH_BYTES] = self.scratch_bytes
+        return words
+
+    def run(self, program: Array, step: Array) -> None:
+        """Run a program, when the calls before it are done."""
+        with self._lock:
+            if self._closed:
+                raise Error(f"{self.path}: the model is closed")
+            self._team.run(program, step)
+
+    def prefill(self, state: State, step: Array, tokens: Array) -> bool:
+        """Take at most BATCH tokens (int32) into the state.
+
+        False if that was aborted; the state is then unchanged.
+        """
+        before = state.snapshot()
+        step[[layout.COUNT, layout.POSITION, layout.FIRST]] = len(tokens), state.position, 0
+        step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
+        try:
+            self.run(self._prefill, step)
+        except BaseException:
+            state.restore(before)
+            raise
+        if step[layout.ABORT]:
+            state.restore(before)
+            return False
+        state.position += len(tokens)
+        return True
+
+    def decode(self, state: State, step: Array) -> None:
+        """Run the decode loop as the step record says, and move the state on."""
+        step[[layout.COUNT, layout.POSITION, layout.FIRST]] = 1, state.position, 0
+        try:
+            self.run(self._decode, step)
+        finally:
+            state.position = int(step[layout.POSITION])
+        if step[layout.OUTCOME] == layout.NOT_FINITE:
+            raise Error(
+                f"{self.path}: the logits at position {state.position} are not finite; "
+                "the file's weights are damaged"
+            )
+
+    # ---- what an application calls ----
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text; with `special`, control tokens written in it are recognised."""
+        return self.tokenizer.encode(text, special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without control tokens."""
+        return self.tokenizer.decode(self.checked(tokens).tolist())
+
+    def checked(self, tokens: Sequence[int]) -> Array:
+        """(n,) int32; UsageError for an id that the vocabulary does not have."""
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        wrong = ids[(ids < 0) | (ids >= self.config.vocabulary)]
+        if len(wrong):
+            raise UsageError(
+                f"token {wrong[0]} does not exist; {self.path} has 0 to "
+                f"{self.config.vocabulary - 1}"
+            )
+        return ids.astype(np.int32)
+
+    def logits(self, tokens: Sequence[int], batch: int = BATCH) -> Array:
+        """(len(tokens), vocabulary) f32: row i predicts token i + 1, given tokens 0 .. i.
+
+        The result does not depend on `batch`, the tokens of a prefill batch (1 to 512).
+        """
+        if not 1 <= batch <= BATCH:
+            raise UsageError(f"batch is {batch}; it must be from 1 to {BATCH}")
+        ids = self.checked(tokens)
+        self.check_room(len(ids))
+        vocabulary = self.config.vocabulary
+        result = np.empty((len(ids), vocabulary), np.float32)
+        state = State(self.config, max(1, len(ids)))
+        step = self.step(state)
+        row = self._logits.row_bytes // 4
+        for start in range(0, len(ids), batch):
+            tokens_of_batch = np.ascontiguousarray(ids[start : start + batch])
+            with self._lock:
+                if self._closed:
+                    raise Error(f"{self.path}: the model is closed")
+                count = len(tokens_of_batch)
+                step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, start, 0
+                step[layout.TOKENS] = tokens_of_batch.ctypes.data
+                self._team.run(self._prefill, step)
+                for first in range(0, count, HEAD_ROWS):
+                    rows = min(HEAD_ROWS, count - first)
+                    step[[layout.COUNT, layout.FIRST]] = rows, first
+                    self._team.run(self._head, step)
+                    values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes]
+                    values = values.view(np.float32).reshape(HEAD_ROWS, row)
+                    result[start + first : start + first + rows] = values[:rows, :vocabulary]
+        return result
+
+    def check_room(self, tokens: int) -> None:
+        """UsageError if a prompt of so many tokens does not fit the context."""
+        if tokens > self.context:
+            raise UsageError(
+                f"the prompt has {tokens} tokens and the context only {self.context}; "
+                "shorten it or open the model with a larger context"
+            )
+
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int | None = None, **options: Any
+    ) -> Iterator[int]:
+        """Continue a prompt: yields token ids, up to the model's end token, which it leaves out.
+
+        Options are those of `Sampling` (temperature, top_k, top_p, min_p, repeat_penalty, seed);
+        one that is not given is as the file recommends.
+        """
+        from ondevice.generate import Completion, with_options
+
+        sampling = with_options(self.sampling, options)
+        return Completion(
+            self, State(self.config, self.context), tokens, sampling, max_tokens
+        ).ids()
+
+    def complete(
+        self, tokens: Sequence[int], sampling: Sampling | None = None, max_tokens: int | None = None
+    ) -> "Completion":
+        """Continue a prompt: an iterator over pieces of text that knows its tokens and timings."""
+        from ondevice.generate import Completion
+
+        state = State(self.config, self.context)
+        return Completion(self, state, tokens, sampling or self.sampling, max_tokens)
+
+    def session(self, system: str | None = None, sampling: Sampling | None = None) -> "Session":
+        """A conversation that keeps its state between turns."""
+        from ondevice.session import Session
+
+        return Session(self, system, sampling)
+
+    @property
+    def logits_address(self) -> int:
+        """Where the head writes the logits of its first row."""
+        return self._logits.address
+
+    def close(self) -> None:
+        """Stop the threads and let go of the file; the model is of no further use."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._team.close()
+                self._file.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _context(wanted: int | None, config: Config) -> int:
+    if wanted is None:
+        return min(config.context_length, DEFAULT_CONTEXT)
+    if not isinstance(wanted, int) or not 1 <= wanted <= config.context_length:
+        raise UsageError(
+            f"the context is {wanted}; this model takes 1 to {config.context_length} tokens"
+        )
+    return wanted
+
+
+def _check_memory(memory: int | None, file: int, config: Config, context: int) -> None:
+    needed = file + state_bytes(config) + cache_bytes(config, context)
+    if memory is not None and memory < needed:
+        raise ResourceError(
+            f"a memory budget of {memory:,} bytes is below the {needed:,} that this model takes "
+            f"with a context of {context}"
+        )
+
+
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, config: Config) -> None:
+    if tokenizer.vocabulary > config.vocabulary:
+        raise Error(
+            f"{path}: the tokenizer has {tokenizer.vocabulary} tokens and the embedding only "
+            f"{config.vocabulary} rows"
+        )

@@ -1,0 +1,276 @@
+"""Writing down a forward pass as a list of kernel calls.
+
+A `Program` is filled once, when a model is opened: each method here adds one operation record and
+returns the buffer that it will write. Running it (kernels.team) costs no Python. Buffers hold one
+row for each token of a batch; a name asked for again, by the next layer, is the same memory.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ondevice.kernels import activation, experts, linear, norm
+from ondevice.kernels.formats import READERS
+from ondevice.kernels.layout import ARGUMENTS, KERNEL, MEET, OPERATION_WORDS
+from ondevice.kernels.operation import CompiledFunction
+from ondevice.weights import Matrix
+from quant.format import Array
+
+LINE = 64
+
+
+def zeros(nbytes: int) -> Array:
+    """Zeroed bytes that begin on a cache line, with one line to spare."""
+    storage = np.zeros(nbytes + 2 * LINE, np.uint8)
+    skip = -storage.ctypes.data % LINE
+    return storage[skip : skip + nbytes + LINE]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Rows of memory, one for each token of a batch."""
+
+    memory: Array
+    row_bytes: int
+
+    @property
+    def address(self) -> int:
+        return self.memory.ctypes.data
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A vector per token: as floats, and as the int8 records that its readers need."""
+
+    floats: Buffer
+    columns: int
+    rows_per_token: int = 1
+    records: dict[int, Buffer] = field(default_factory=dict)
+
+    def as_read_by(self, matrix: Matrix) -> Buffer:
+        kind = READERS[matrix.format.name].activation
+        return self.floats if kind == activation.NONE else self.records[kind]
+
+
+class Program:
+    """Operations for batches of up to `capacity` tokens on `threads` threads."""
+
+    def __init__(self, capacity: int, threads: int) -> None:
+        self.capacity = capacity
+        self.threads = threads
+        self.scratch_bytes = 0
+        self._buffers: dict[str, Buffer] = {}
+        self._operations: list[list[int]] = []
+        self._kept: list[object] = []
+
+    # ---- memory ----
+
+    def buffer(self, name: str, row_bytes: int, rows_per_token: int = 1) -> Buffer:
+        """The buffer of that name; made when first asked for."""
+        row_bytes = -(-row_bytes // LINE) * LINE
+        rows = self.capacity * rows_per_token
+        known = self._buffers.get(name)
+        if known is None:
+            known = Buffer(zeros(rows * row_bytes), row_bytes)
+            self._buffers[name] = known
+        assert known.row_bytes == row_bytes and known.memory.nbytes >= rows * row_bytes, name
+        return known
+
+    def keep(self, array: Array) -> int:
+        """Hold on to an array that operations point to; returns its address."""
+        self._kept.append(array)
+        return int(array.ctypes.data)
+
+    def keep_matrix(self, matrix: Matrix) -> int:
+        """Hold on to the memory of a matrix; returns its address."""
+        self._kept.append(matrix)
+        return matrix.address
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.memory.nbytes for buffer in self._buffers.values())
+
+    # ---- operations ----
+
+    def add(self, kernel: CompiledFunction, *arguments: int, meet: bool = True) -> None:
+        """One operation; with `meet`, the threads wait for each other after it."""
+        assert len(arguments) <= OPERATION_WORDS - ARGUMENTS
+        words = [0] * OPERATION_WORDS
+        words[KERNEL], words[MEET] = kernel.address, int(meet)
+        words[ARGUMENTS : ARGUMENTS + len(arguments)] = [int(value) for value in arguments]
+        self._operations.append(words)
+
+    def take(self) -> Array:
+        """The operations added since the last call, (operations, OPERATION_WORDS) int64."""
+        operations = np.array(self._operations, np.int64).reshape(-1, OPERATION_WORDS)
+        self._operations = []
+        return operations
+
+    def activation(
+        self, name: str, columns: int, readers: Iterable[Matrix], rows_per_token: int = 1
+    ) -> Activation:
+        """Room for a vector of `columns` floats and for the records that `readers` need."""
+        kinds = {READERS[matrix.format.name].activation for matrix in readers}
+        records = {
+            kind: self.buffer(
+                f"{name} per {256 if kind == activation.PER_256 else 32}",
+                activation.record_bytes(kind, columns),
+                rows_per_token,
+            )
+            for kind in sorted(kinds - {activation.NONE})
+        }
+        floats = self.buffer(name, 4 * columns, rows_per_token)
+        return Activation(floats, columns, rows_per_token, records)
+
+    def norm(
+        self,
+        x: Buffer,
+        weight: Array,
+        epsilon: float,
+        name: str,
+        readers: Sequence[Matrix],
+        addend: Buffer | None = None,
+        meet: bool = True,
+    ) -> Activation:
+        """x += addend, if given; then the root-mean-square norm of x."""
+        result = self.activation(name, len(weight), readers)
+        self.add(
+            norm.rms_norm,
+            x.address,
+            x.row_bytes,
+            len(weight),
+            self.keep(weight),
+            float_bits(epsilon),
+            addend.address if addend else 0,
+            addend.row_bytes if addend else 0,
+            result.floats.address,
+            result.floats.row_bytes,
+            *record_arguments(result),
+            meet=meet,
+        )
+        return result
+
+    def quantize(self, x: Activation) -> None:
+        """Fill the records of x from its floats, where it has any."""
+        if x.records:
+            self.add(
+                activation.quantize,
+                x.floats.address,
+                x.floats.row_bytes,
+                x.columns,
+                x.rows_per_token,
+                *record_arguments(x),
+            )
+
+    def linear(self, matrix: Matrix, x: Activation, name: str, meet: bool = True) -> Buffer:
+        """The matrix times every token."""
+        out = self.buffer(name, 4 * matrix.rows)
+        source = x.as_read_by(matrix)
+        self.add(
+            linear.linear,
+            self.keep_matrix(matrix),
+            matrix.row_bytes,
+            matrix.rows,
+            matrix.columns,
+            self.reader(matrix),
+            source.address,
+            source.row_bytes,
+            out.address,
+            out.row_bytes,
+            self.rows_per_task(matrix.rows, 1),
+            meet=meet,
+        )
+        return out
+
+    def gate_up(
+        self,
+        gate: Matrix,
+        up: Matrix,
+        x: Activation,
+        hidden: Activation,
+        name: str,
+        routing: int = 0,
+        touched: int = 1,
+        meet: bool = True,
+    ) -> None:
+        """hidden := silu(gate x) * (up x), for every token or for every slot of a routing."""
+        other = self.buffer(f"{name} up", 4 * up.rows, hidden.rows_per_token)
+        gate_source, up_source = x.as_read_by(gate), x.as_read_by(up)
+        self.add(
+            experts.gate_up,
+            self.keep_matrix(gate),
+            gate.stride,
+            gate.row_bytes,
+            self.reader(gate),
+            gate_source.address,
+            gate_source.row_bytes,
+            self.keep_matrix(up),
+            up.stride,
+            up.row_bytes,
+            self.reader(up),
+            up_source.address,
+            up_source.row_bytes,
+            gate.rows,
+            gate.columns,
+            hidden.floats.address,
+            other.address,
+            hidden.floats.row_bytes,
+            routing,
+            self.rows_per_task(gate.rows, touched),
+            meet=meet,
+        )
+
+    def down(
+        self,
+        matrix: Matrix,
+        hidden: Activation,
+        out: Buffer,
+        routing: int = 0,
+        touched: int = 1,
+        meet: bool = True,
+    ) -> None:
+        """out := the matrix times hidden, for every token or for every slot of a routing."""
+        source = hidden.as_read_by(matrix)
+        self.add(
+            experts.down,
+            self.keep_matrix(matrix),
+            matrix.stride,
+            matrix.row_bytes,
+            self.reader(matrix),
+            source.address,
+            source.row_bytes,
+            matrix.rows,
+            matrix.columns,
+            out.address,
+            out.row_bytes,
+            routing,
+            self.rows_per_task(matrix.rows, touched),
+            meet=meet,
+        )
+
+    def reader(self, matrix: Matrix) -> int:
+        """Address of the kernel that multiplies this matrix; notes the scratch it needs."""
+        reader = READERS[matrix.format.name]
+        self.scratch_bytes = max(self.scratch_bytes, reader.scratch_bytes(matrix.columns))
+        return reader.multiply.address
+
+    def rows_per_task(self, rows: int, matrices: int) -> int:
+        """Rows of a task: enough tasks to keep the threads evenly busy, in groups of eight."""
+        wanted = rows * matrices // (8 * self.threads)
+        return max(8, min(64, wanted // 8 * 8))
+
+
+def record_arguments(x: Activation) -> tuple[int, int, int, int]:
+    """Address and row bytes of the per-256 and of the per-32 records, 0 where there are none."""
+    values: list[int] = []
+    for kind in (activation.PER_256, activation.PER_32):
+        record = x.records.get(kind)
+        values += [record.address, record.row_bytes] if record else [0, 0]
+    return values[0], values[1], values[2], values[3]
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32, for an argument of an operation."""
+    return int(np.float32(value).view(np.int32))

@@ -1,0 +1,69 @@
+"""What a model remembers between tokens: the only thing that changes while it runs.
+
+    memory    per DeltaNet layer, the convolution's window and the delta memory, all f32
+    cache     per attention layer, keys and values in half floats (layout: kernels/attention.py)
+    position  tokens taken in so far
+
+The cache is reserved for the whole context and costs real memory only as positions fill it. The
+delta memory cannot be cut back to an earlier position: going back means restoring a `Snapshot`,
+while keys and values beyond a restored position are simply overwritten.
+"""
+
+from dataclasses import dataclass
+
+from ondevice.config import Config
+from ondevice.kernels import attention
+from ondevice.layers import deltanet
+from ondevice.program import zeros
+from quant.errors import ResourceError
+from quant.format import Array
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The memory at a position."""
+
+    memory: Array
+    position: int
+
+
+class State:
+    """A sequence's memory, with room for `context` tokens."""
+
+    def __init__(self, config: Config, context: int) -> None:
+        self.capacity = -(-context // attention.TILE) * attention.TILE
+        try:
+            self.memory = zeros(memory_bytes(config))
+            self.cache = zeros(cache_bytes(config, self.capacity))
+        except MemoryError:
+            needed = memory_bytes(config) + cache_bytes(config, self.capacity)
+            raise ResourceError(
+                f"no memory for a context of {context} tokens, which takes {needed:,} bytes; "
+                "choose a smaller one"
+            ) from None
+        self.position = 0
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the memory, to come back to."""
+        return Snapshot(self.memory.copy(), self.position)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again as when the snapshot was taken."""
+        self.memory[:] = snapshot.memory
+        self.position = snapshot.position
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.memory[:] = 0
+        self.position = 0
+
+
+def memory_bytes(config: Config) -> int:
+    """Bytes of all DeltaNet layers' windows and memories."""
+    return sum(config.recurrent) * deltanet.memory_bytes(config)
+
+
+def cache_bytes(config: Config, context: int) -> int:
+    """Bytes of all attention layers' keys and values."""
+    layers = config.layers - sum(config.recurrent)
+    return layers * attention.cache_bytes(config.kv_heads, config.head_dim, context)
