@@ -1,0 +1,90 @@
+"""What every command shares: how it ends, how it speaks, how sizes are written.
+
+stdout carries results; notes go to stderr, and only when that is a terminal. Exit codes: 0 done,
+2 usage, 3 bad model, checkpoint or input, 4 resources, 5 interrupted and safe to run again,
+70 a bug of ours (with its traceback), 130 Ctrl-C.
+"""
+
+import io
+import json
+import os
+import re
+import sys
+import traceback
+import warnings
+from typing import Any, NoReturn
+
+import click
+
+from quant.errors import Error, ResourceError
+
+BUG, CTRL_C = 70, 130
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """End the command with one line on stderr."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(exit_code)
+
+
+class Program(click.Group):
+    """The command group, which turns exceptions into messages and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter shows ?
+                stream.reconfigure(errors="replace")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: note(str(message))
+                return super().invoke(ctx)
+        except Error as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(CTRL_C) from None
+        except BrokenPipeError:
+            # The reader has what it wanted. Python flushes stdout once more at exit: into nothing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+        except MemoryError as error:
+            fail(f"out of memory: {error}".rstrip(": "), ResourceError.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}", ResourceError.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise click.exceptions.Exit(BUG) from None
+
+
+def note(message: str) -> None:
+    """A line for a person who is watching."""
+    if sys.stderr.isatty():
+        click.secho(message, err=True, dim=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value))
+
+
+def print_figures(values: dict[str, Any]) -> None:
+    """One `name  value` line each; numbers to six significant digits, bytes as MB or GB/s."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        if name in ("bytes_per_token", "peak_memory"):
+            shown = f"{value / 1e6:,.1f} MB"
+        elif name == "read_bandwidth":
+            shown = f"{value / 1e9:.2f} GB/s"
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+        click.echo(f"{name.replace('_', ' '):{width}}  {shown}")
+
+
+def size(text: str) -> int:
+    """Bytes of a size written 512M, 2G or 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise click.BadParameter(f"{text!r} is not a size such as 512M or 2G")
+    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -1,0 +1,286 @@
+"""The conversation in a terminal: reading messages, showing answers as they come, /commands.
+
+Enter sends. Alt-Enter, or a backslash at the end of a line, starts a new line; so does Enter
+between two lots of three double quotes. Ctrl-C stops the answer after the current token and keeps
+the conversation, Ctrl-D at an empty prompt ends it. Piped input is plain: each line is a message,
+slashes and all, and only the answers are written.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from quant.errors import Error, UsageError
+from quant.folders import cache_root, private_folder
+
+if TYPE_CHECKING:
+    from ondevice.generate import Completion
+    from ondevice.session import Session
+
+FENCE = '"""'
+HELP = {
+    "/help": "show this",
+    "/exit": "leave, as Ctrl-D does",
+    "/clear": "forget the conversation, keep the system prompt",
+    "/regen": "answer the last message again",
+    "/stats": "show tokens and speed of the last answer",
+    "/system TEXT": "set the system prompt; without TEXT show it",
+    "/set NAME VALUE": "set a sampling option; without NAME show them all",
+}
+KEYS = (
+    "Enter sends; Alt-Enter or \\ at the end of a line starts a new line, and so does Enter "
+    f"between {FENCE} and {FENCE}.\n"
+    "Ctrl-C stops an answer. A space before / sends the line as a message."
+)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but tab and newline become U+FFFD."""
+    return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def timing_line(completion: "Completion") -> str:
+    """One line on the speed of a finished answer."""
+    timings = completion.timings
+    return (
+        f"read {completion.prefilled_tokens} tokens at "
+        f"{timings['prompt_tokens_per_second']:.1f} per second, "
+        f"wrote {len(completion.tokens)} at {timings['decode_tokens_per_second']:.1f} per second"
+    )
+
+
+def is_open(text: str) -> bool:
+    """Whether Enter should continue the message rather than send it."""
+    stripped = text.strip()
+    if stripped.startswith(FENCE):
+        return len(stripped) < 2 * len(FENCE) or not stripped.endswith(FENCE)
+    return text.endswith("\\")
+
+
+def unfold(text: str) -> str:
+    """The message that was typed: without fences, and without backslashes that end a line."""
+    text = text.encode(errors="replace").decode()  # a terminal may send half a character
+    stripped = text.strip()
+    if stripped.startswith(FENCE):
+        return stripped.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
+    return text.replace("\\\n", "\n")
+
+
+class Chat:
+    """One conversation and the commands that act on it; `write` shows text to the user."""
+
+    def __init__(self, session: "Session", write: Callable[[str], None], stats: bool) -> None:
+        self.session = session
+        self.write = write
+        self.stats = stats
+        self.commands: dict[str, Callable[[str], bool | None]] = {
+            "/help": self.help,
+            "/exit": lambda _: True,
+            "/clear": self.clear,
+            "/regen": lambda _: self.answer(self.session.regenerate),
+            "/stats": self.show_stats,
+            "/system": self.system,
+            "/set": self.set,
+        }
+
+    def turn(self, typed: str) -> bool:
+        """Send one message or obey one command; True when the conversation is to end."""
+        if not typed.strip():
+            return False
+        try:
+            if typed.startswith("/"):
+                return bool(self.obey(typed))
+            message = unfold(typed)
+            self.answer(lambda: self.session.send(message))
+        except Error as error:
+            self.write(f"error: {error}\n")
+        return False
+
+    def obey(self, typed: str) -> bool | None:
+        name, _, rest = typed.strip().partition(" ")
+        if name in self.commands:
+            return self.commands[name](rest.strip())
+        close = difflib.get_close_matches(name, self.commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else "/help lists the commands"
+        raise UsageError(f"there is no command {name}; {hint}")
+
+    def answer(self, start: Callable[[], "Completion"]) -> None:
+        with _stopped_by_ctrl_c(self.session.cancel) as stopped:
+            completion = start()
+            for piece in completion:
+                self.write(printable(piece))
+        self.write("\n")
+        if stopped.is_set():
+            self.write("(stopped)\n")
+        elif completion.finish_reason == "length":
+            self.write("(the context is full: /clear starts again)\n")
+        if self.stats:
+            self.write(timing_line(completion) + "\n")
+
+    def help(self, _: str) -> None:
+        for usage, meaning in HELP.items():
+            self.write(f"{usage:16}  {meaning}\n")
+        self.write(KEYS + "\n")
+
+    def clear(self, _: str) -> None:
+        self.session.clear()
+        self.write("The conversation is forgotten.\n")
+
+    def show_stats(self, _: str) -> None:
+        last = self.session.last
+        if last is None:
+            raise UsageError("there is no answer yet")
+        self.write(timing_line(last) + "\n")
+        held = last.prompt_tokens + len(last.tokens)
+        self.write(f"the conversation holds {held} tokens\n")
+
+    def system(self, text: str) -> None:
+        if text:
+            self.session.system = unfold(text)
+        self.write(f"system prompt: {self.session.system or '(none)'}\n")
+
+    def set(self, rest: str) -> None:
+        sampling = self.session.sampling
+        types = {field.name: field.type for field in dataclasses.fields(sampling)}
+        if rest:
+            name, _, value = rest.replace("-", "_", 1).partition(" ")
+            name = {"temp": "temperature"}.get(name, name)
+            if name not in types:
+                raise UsageError(f"there is no option {name}; there are {', '.join(types)}")
+            changes: dict[str, Any] = {name: _number(name, value.strip(), str(types[name]))}
+            self.session.sampling = sampling = dataclasses.replace(sampling, **changes)
+        for name, value in dataclasses.asdict(sampling).items():
+            self.write(f"{name:16}  {'random' if value is None else value}\n")
+
+
+def _number(name: str, text: str, kind: str) -> int | float | None:
+    if "None" in kind and text == "random":
+        return None
+    try:
+        return int(text) if "int" in kind else float(text)
+    except ValueError:
+        wanted = "a whole number" if "int" in kind else "a number"
+        raise UsageError(f"/set {name} needs {wanted}, not {text or 'nothing'!r}") from None
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c(cancel: Callable[[], None]) -> Iterator[threading.Event]:
+    """The first Ctrl-C calls `cancel` and sets the event; a second one interrupts as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(*_: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+        cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def piped(session: "Session", lines: Iterable[str], out: TextIO, stats: TextIO | None) -> None:
+    """Answer each line of `lines`; `stats`, where given, gets a line on speed per answer."""
+    for line in lines:
+        message = line.rstrip("\r\n")
+        if not message.strip():
+            continue
+        completion = session.send(message)
+        for piece in completion:
+            out.write(piece)
+            out.flush()
+        out.write("\n")
+        out.flush()
+        if stats is not None:
+            stats.write(timing_line(completion) + "\n")
+
+
+def interactive(session: "Session", stats: bool) -> None:
+    """Talk until the user leaves."""
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+
+    chat = Chat(session, write, stats)
+    prompt: PromptSession[str] = PromptSession(
+        history=_history(),
+        multiline=True,
+        key_bindings=_keys(),
+        completer=WordCompleter(list(chat.commands), sentence=True),
+        complete_while_typing=False,
+        prompt_continuation="... ",
+    )
+    write("/help lists the commands, Ctrl-D leaves.\n")
+    while True:
+        try:
+            if chat.turn(prompt.prompt(">>> ")):
+                return
+        except KeyboardInterrupt:
+            write("Ctrl-D or /exit leaves.\n")
+        except EOFError:
+            return
+
+
+def _keys() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @bindings.add("c-c")
+    def _discard(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+    return bindings
+
+
+class _PrivateHistory(FileHistory):
+    """What was typed, in a file; a full disk must not end the conversation."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError, UnicodeEncodeError):
+            super().store_string(string)
+
+
+def _history() -> History:
+    try:
+        folder = cache_root() / "chat"
+        if private_folder(folder):
+            path = folder / "history"
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            return _PrivateHistory(path)
+    except (OSError, RuntimeError):  # no home folder, or none that can be written
+        pass
+    return InMemoryHistory()
