@@ -31,11 +31,11 @@ def read_bandwidth(model: "Model", repeat: int = 5) -> float:
     program = Program(1, model.threads)
     memory = zeros(PROBE_BYTES)
     memory[::4096] = 1  # have real pages behind it
-    sums = np.zeros(model.threads, np.int64)
-    program.add(probe.read_memory, memory.ctypes.data, PROBE_BYTES, program.keep(sums))
+    sums = np.zeros(PROBE_BYTES // probe.CHUNK, np.int64)
+    program.add(probe.read_memory, memory.ctypes.data, program.keep(sums), tasks=len(sums))
     operations = program.take()
     step = np.zeros(layout.STEP_WORDS, np.int64)
-    step[[layout.COUNT, layout.THREADS]] = 1, model.threads
+    step[layout.COUNT] = 1
     seconds = []
     for _ in range(repeat + 1):
         started = time.perf_counter()

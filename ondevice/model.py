@@ -94,7 +94,8 @@ class Model:
             *(program.keep_matrix(embedding), embedding.row_bytes, embedding.columns),
             READERS[embedding.format.name].expand.address,
             *(x.address, x.row_bytes),
-            meet=False,
+            per_token=True,
+            then=layout.CHAIN,
         )
         angles = rotations(program, config)
         place, index = 0, 0
@@ -128,7 +129,6 @@ class Model:
     def step(self, state: State) -> Array:
         """A step record for running programs on `state`; the caller keeps both alive."""
         words = np.zeros(layout.STEP_WORDS, np.int64)
-        words[layout.THREADS] = self.threads
         words[layout.STATE] = state.memory.ctypes.data
         words[layout.CACHE] = state.cache.ctypes.data
         words[layout.CONTEXT] = state.capacity

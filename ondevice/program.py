@@ -12,7 +12,16 @@ import numpy as np
 
 from ondevice.kernels import activation, experts, linear, norm
 from ondevice.kernels.formats import READERS
-from ondevice.kernels.layout import ARGUMENTS, KERNEL, MEET, OPERATION_WORDS
+from ondevice.kernels.layout import (
+    ARGUMENTS,
+    BARRIER,
+    KERNEL,
+    OPERATION_WORDS,
+    PER_TOKEN,
+    TASKS,
+    THEN,
+    TIMES,
+)
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.weights import Matrix
 from quant.format import Array
@@ -94,11 +103,20 @@ class Program:
 
     # ---- operations ----
 
-    def add(self, kernel: CompiledFunction, *arguments: int, meet: bool = True) -> None:
-        """One operation; with `meet`, the threads wait for each other after it."""
+    def add(
+        self,
+        kernel: CompiledFunction,
+        *arguments: int,
+        tasks: int = 1,
+        per_token: bool = False,
+        times: int = 0,
+        then: int = BARRIER,
+    ) -> None:
+        """One operation and what may follow it; kernels.layout says what the options mean."""
         assert len(arguments) <= OPERATION_WORDS - ARGUMENTS
         words = [0] * OPERATION_WORDS
-        words[KERNEL], words[MEET] = kernel.address, int(meet)
+        words[KERNEL], words[TASKS], words[PER_TOKEN] = kernel.address, tasks, int(per_token)
+        words[TIMES], words[THEN] = times, then
         words[ARGUMENTS : ARGUMENTS + len(arguments)] = [int(value) for value in arguments]
         self._operations.append(words)
 
@@ -132,7 +150,7 @@ class Program:
         name: str,
         readers: Sequence[Matrix],
         addend: Buffer | None = None,
-        meet: bool = True,
+        then: int = BARRIER,
     ) -> Activation:
         """x += addend, if given; then the root-mean-square norm of x."""
         result = self.activation(name, len(weight), readers)
@@ -148,11 +166,12 @@ class Program:
             result.floats.address,
             result.floats.row_bytes,
             *record_arguments(result),
-            meet=meet,
+            per_token=True,
+            then=then,
         )
         return result
 
-    def quantize(self, x: Activation) -> None:
+    def quantize(self, x: Activation, then: int = BARRIER) -> None:
         """Fill the records of x from its floats, where it has any."""
         if x.records:
             self.add(
@@ -160,14 +179,17 @@ class Program:
                 x.floats.address,
                 x.floats.row_bytes,
                 x.columns,
-                x.rows_per_token,
                 *record_arguments(x),
+                tasks=x.rows_per_token,
+                per_token=True,
+                then=then,
             )
 
-    def linear(self, matrix: Matrix, x: Activation, name: str, meet: bool = True) -> Buffer:
+    def linear(self, matrix: Matrix, x: Activation, name: str, then: int = BARRIER) -> Buffer:
         """The matrix times every token."""
         out = self.buffer(name, 4 * matrix.rows)
         source = x.as_read_by(matrix)
+        chunk = self.rows_per_task(matrix.rows, 1)
         self.add(
             linear.linear,
             self.keep_matrix(matrix),
@@ -179,8 +201,9 @@ class Program:
             source.row_bytes,
             out.address,
             out.row_bytes,
-            self.rows_per_task(matrix.rows, 1),
-            meet=meet,
+            chunk,
+            tasks=-(-matrix.rows // chunk),
+            then=then,
         )
         return out
 
@@ -193,11 +216,12 @@ class Program:
         name: str,
         routing: int = 0,
         touched: int = 1,
-        meet: bool = True,
+        then: int = BARRIER,
     ) -> None:
         """hidden := silu(gate x) * (up x), for every token or for every slot of a routing."""
         other = self.buffer(f"{name} up", 4 * up.rows, hidden.rows_per_token)
         gate_source, up_source = x.as_read_by(gate), x.as_read_by(up)
+        chunk = self.rows_per_task(gate.rows, touched)
         self.add(
             experts.gate_up,
             self.keep_matrix(gate),
@@ -218,8 +242,10 @@ class Program:
             other.address,
             hidden.floats.row_bytes,
             routing,
-            self.rows_per_task(gate.rows, touched),
-            meet=meet,
+            chunk,
+            tasks=-(-gate.rows // chunk),
+            times=routing,
+            then=then,
         )
 
     def down(
@@ -229,10 +255,11 @@ class Program:
         out: Buffer,
         routing: int = 0,
         touched: int = 1,
-        meet: bool = True,
+        then: int = BARRIER,
     ) -> None:
         """out := the matrix times hidden, for every token or for every slot of a routing."""
         source = hidden.as_read_by(matrix)
+        chunk = self.rows_per_task(matrix.rows, touched)
         self.add(
             experts.down,
             self.keep_matrix(matrix),
@@ -246,8 +273,10 @@ class Program:
             out.address,
             out.row_bytes,
             routing,
-            self.rows_per_task(matrix.rows, touched),
-            meet=meet,
+            chunk,
+            tasks=-(-matrix.rows // chunk),
+            times=routing,
+            then=then,
         )
 
     def reader(self, matrix: Matrix) -> int:

@@ -10,11 +10,10 @@ with scale = max |x| / 127 and code = x / scale rounded half to even, so codes l
 
 import numpy as np
 
-from ondevice.kernels.layout import COUNT, CURSOR, WORD, argument, word
+from ondevice.kernels.layout import argument
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     absolute,
-    atomic_add,
     convert,
     f32x16,
     fma,
@@ -152,19 +151,14 @@ def silu(x):
 
 
 @operation
-def quantize(op, step, thread):
-    """Rows to records: (x, x_bytes, columns, rows per token, per_256, bytes, per_32, bytes)."""
+def quantize(op, step, row, scratch):
+    """A row to its records: (x, x_bytes, columns, per_256, bytes, per_32, bytes)."""
     x, x_bytes, columns = argument(op, 0), argument(op, 1), argument(op, 2)
-    per_256, per_256_bytes = argument(op, 4), argument(op, 5)
-    per_32, per_32_bytes = argument(op, 6), argument(op, 7)
-    rows = word(step, COUNT) * argument(op, 3)
-    while True:
-        row = atomic_add(op + WORD * CURSOR, 1)
-        if row >= rows:
-            break
-        at_256 = per_256 + row * per_256_bytes if per_256 != 0 else 0
-        at_32 = per_32 + row * per_32_bytes if per_32 != 0 else 0
-        quantize_row(x + row * x_bytes, columns, at_256, at_32)
+    per_256, per_256_bytes = argument(op, 3), argument(op, 4)
+    per_32, per_32_bytes = argument(op, 5), argument(op, 6)
+    at_256 = per_256 + row * per_256_bytes if per_256 != 0 else 0
+    at_32 = per_32 + row * per_32_bytes if per_32 != 0 else 0
+    quantize_row(x + row * x_bytes, columns, at_256, at_32)
 
 
 @inner

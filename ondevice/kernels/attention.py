@@ -19,19 +19,14 @@ from ondevice.kernels.layout import (
     ARGUMENTS,
     CACHE,
     CONTEXT,
-    COUNT,
-    CURSOR,
     POSITION,
-    THREADS,
     WORD,
     argument,
     word,
 )
-from ondevice.kernels.linear import thread_scratch
 from ondevice.kernels.norm import normalize
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
-    atomic_add,
     f32x16,
     fma,
     lane_maximum,
@@ -70,16 +65,15 @@ def scratch_bytes(size: int) -> int:
 
 
 @operation
-def rotations(op, step, thread):
-    """Cosine and sine of every token's angles: (frequencies f32, pairs, out (tokens, 2, pairs))."""
+def rotations(op, step, t, scratch):
+    """Cosine and sine of a token's angles: (frequencies f32, pairs, out (tokens, 2, pairs))."""
     frequencies, pairs, out = argument(op, 0), argument(op, 1), argument(op, 2)
-    for t in range(thread, word(step, COUNT), word(step, THREADS)):
-        position = np.float32(word(step, POSITION) + t)
-        row = out + 8 * pairs * t
-        for i in range(pairs):
-            angle = np.float64(position * load_f32(frequencies + 4 * i))
-            store_f32(row + 4 * i, np.float32(math.cos(angle)))
-            store_f32(row + 4 * (pairs + i), np.float32(math.sin(angle)))
+    position = np.float32(word(step, POSITION) + t)
+    row = out + 8 * pairs * t
+    for i in range(pairs):
+        angle = np.float64(position * load_f32(frequencies + 4 * i))
+        store_f32(row + 4 * i, np.float32(math.cos(angle)))
+        store_f32(row + 4 * (pairs + i), np.float32(math.sin(angle)))
 
 
 @inner
@@ -100,8 +94,8 @@ def store_row(x, size, target):
 
 
 @operation
-def attention_inputs(op, step, thread):
-    """Norm and rotate q (in place) and k; keep k and v in the cache.
+def attention_inputs(op, step, task, scratch):
+    """Norm and rotate a head of q (in place) or k; keep k and v in the cache.
 
     (q, bytes, k, bytes, v, bytes, heads, kv heads, size, pairs, rotations, q norm, k norm, epsilon,
      index of the layer among the attention layers)
@@ -115,25 +109,20 @@ def attention_inputs(op, step, thread):
     context, row_bytes = word(step, CONTEXT), 2 * ((size + 15) // 16 * 16)
     half = kv_heads * context * row_bytes
     keys = word(step, CACHE) + argument(op, 14) * 2 * half
-    tasks = word(step, COUNT) * (heads + kv_heads)
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= tasks:
-            break
-        t, head = task // (heads + kv_heads), task % (heads + kv_heads)
-        row = angles + 8 * pairs * t
-        if head < heads:
-            x = q + t * q_bytes + 8 * size * head
-            normalize(x, size, q_norm, epsilon, x)
-            rotate(x, pairs, row)
-        else:
-            head -= heads
-            x = k + t * k_bytes + 4 * size * head
-            normalize(x, size, k_norm, epsilon, x)
-            rotate(x, pairs, row)
-            place = keys + (head * context + word(step, POSITION) + t) * row_bytes
-            store_row(x, size, place)
-            store_row(v + t * v_bytes + 4 * size * head, size, place + half)
+    t, head = task // (heads + kv_heads), task % (heads + kv_heads)
+    row = angles + 8 * pairs * t
+    if head < heads:
+        x = q + t * q_bytes + 8 * size * head
+        normalize(x, size, q_norm, epsilon, x)
+        rotate(x, pairs, row)
+    else:
+        head -= heads
+        x = k + t * k_bytes + 4 * size * head
+        normalize(x, size, k_norm, epsilon, x)
+        rotate(x, pairs, row)
+        place = keys + (head * context + word(step, POSITION) + t) * row_bytes
+        store_row(x, size, place)
+        store_row(v + t * v_bytes + 4 * size * head, size, place + half)
 
 
 @inner
@@ -158,8 +147,8 @@ def score_tile(q, size, keys, row_bytes, count, scale, scores):
 
 
 @operation
-def attend(op, step, thread):
-    """Attention of every token and head, times sigmoid(gate).
+def attend(op, step, task, scratch):
+    """Attention of a token and head, times sigmoid(gate).
 
     (q, bytes, heads, kv heads, size, out, bytes, index of the layer among the attention layers)
     """
@@ -169,46 +158,40 @@ def attend(op, step, thread):
     half = kv_heads * context * row_bytes
     cache = word(step, CACHE) + argument(op, 7) * 2 * half
     scale = np.float32(1.0) / np.float32(math.sqrt(np.float32(size)))
-    scores = thread_scratch(step, thread)
-    total = scores + 4 * TILE
-    position, tasks = word(step, POSITION), word(step, COUNT) * heads
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= tasks:
-            break
-        t, head = task // heads, task % heads
-        x = q + t * q_bytes + 8 * size * head
-        keys = cache + head // (heads // kv_heads) * context * row_bytes
+    scores, total = scratch, scratch + 4 * TILE
+    t, head = task // heads, task % heads
+    x = q + t * q_bytes + 8 * size * head
+    keys = cache + head // (heads // kv_heads) * context * row_bytes
+    for c in range(0, size, 16):
+        store(total + 4 * c, zero(f32x16))
+    top, weight = LOWEST, np.float32(0)
+    length = word(step, POSITION) + t + 1
+    for start in range(0, length, TILE):
+        count = min(TILE, length - start)
+        tile = keys + start * row_bytes
+        score_tile(x, size, tile, row_bytes, count, scale, scores)
+        greatest = load(f32x16, scores)
+        for p in range(16, TILE, 16):
+            greatest = maximum(greatest, load(f32x16, scores + 4 * p))
+        new_top = max(top, lane_maximum(greatest))
+        shrink = lane_maximum(exponential(splat(f32x16, top - new_top)))
+        top = new_top
+        shares = zero(f32x16)
+        for p in range(0, TILE, 16):
+            share = exponential(load(f32x16, scores + 4 * p) - splat(f32x16, top))
+            store(scores + 4 * p, share)
+            shares = shares + share
+        weight = fma(weight, shrink, lane_sum(shares))
         for c in range(0, size, 16):
-            store(total + 4 * c, zero(f32x16))
-        top, weight = LOWEST, np.float32(0)
-        length = position + t + 1
-        for start in range(0, length, TILE):
-            count = min(TILE, length - start)
-            tile = keys + start * row_bytes
-            score_tile(x, size, tile, row_bytes, count, scale, scores)
-            greatest = load(f32x16, scores)
-            for p in range(16, TILE, 16):
-                greatest = maximum(greatest, load(f32x16, scores + 4 * p))
-            new_top = max(top, lane_maximum(greatest))
-            shrink = lane_maximum(exponential(splat(f32x16, top - new_top)))
-            top = new_top
-            shares = zero(f32x16)
-            for p in range(0, TILE, 16):
-                share = exponential(load(f32x16, scores + 4 * p) - splat(f32x16, top))
-                store(scores + 4 * p, share)
-                shares = shares + share
-            weight = fma(weight, shrink, lane_sum(shares))
-            for c in range(0, size, 16):
-                value = load(f32x16, total + 4 * c) * shrink
-                column = tile + half + 2 * c
-                for p in range(count):
-                    halves = load_halves(column + p * row_bytes)
-                    value = fma(halves, load_f32(scores + 4 * p), value)
-                store(total + 4 * c, value)
-        gate, target = x + 4 * size, out + t * out_bytes + 4 * size * head
-        for c in range(0, size, 16):
-            left = size - c
-            openness = sigmoid(load_some(gate + 4 * c, left))
-            value = load(f32x16, total + 4 * c) / splat(f32x16, weight) * openness
-            store_some(target + 4 * c, value, left)
+            value = load(f32x16, total + 4 * c) * shrink
+            column = tile + half + 2 * c
+            for p in range(count):
+                halves = load_halves(column + p * row_bytes)
+                value = fma(halves, load_f32(scores + 4 * p), value)
+            store(total + 4 * c, value)
+    gate, target = x + 4 * size, out + t * out_bytes + 4 * size * head
+    for c in range(0, size, 16):
+        left = size - c
+        openness = sigmoid(load_some(gate + 4 * c, left))
+        value = load(f32x16, total + 4 * c) / splat(f32x16, weight) * openness
+        store_some(target + 4 * c, value, left)

@@ -17,10 +17,9 @@ import math
 import numpy as np
 
 from ondevice.kernels.activation import sigmoid_of, silu
-from ondevice.kernels.layout import COUNT, CURSOR, STATE, WORD, argument, word
+from ondevice.kernels.layout import COUNT, STATE, argument, word
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
-    atomic_add,
     f32x16,
     fma,
     lane_sum,
@@ -39,8 +38,8 @@ L2_EPSILON = np.float32(1e-6)
 
 
 @operation
-def convolve(op, step, thread):
-    """Causal convolution and SiLU of every channel; the window moves on by the batch.
+def convolve(op, step, task, scratch):
+    """Causal convolution and SiLU of CHANNELS channels; their window moves on by the batch.
 
     (input, bytes, out, bytes, channels, kernel, weights (kernel, channels) f32, window's place in
      the state: (kernel - 1, channels) f32)
@@ -49,29 +48,26 @@ def convolve(op, step, thread):
     channels, size, weights = argument(op, 4), argument(op, 5), argument(op, 6)
     window = word(step, STATE) + argument(op, 7)
     count, row = word(step, COUNT), 4 * channels
-    while True:
-        start = atomic_add(op + WORD * CURSOR, 1) * CHANNELS
-        if start >= channels:
-            break
-        for c in range(start, min(start + CHANNELS, channels), 16):
-            left = channels - c
-            for t in range(count):
-                total = zero(f32x16)
-                for j in range(size):
-                    source = t + j - (size - 1)
-                    if source < 0:
-                        value = load_some(window + (source + size - 1) * row + 4 * c, left)
-                    else:
-                        value = load_some(x + source * x_bytes + 4 * c, left)
-                    total = fma(value, load_some(weights + j * row + 4 * c, left), total)
-                store_some(out + t * out_bytes + 4 * c, silu(total), left)
-            for j in range(size - 1):
-                source = count + j - (size - 1)
+    start = task * CHANNELS
+    for c in range(start, min(start + CHANNELS, channels), 16):
+        left = channels - c
+        for t in range(count):
+            total = zero(f32x16)
+            for j in range(size):
+                source = t + j - (size - 1)
                 if source < 0:
                     value = load_some(window + (source + size - 1) * row + 4 * c, left)
                 else:
                     value = load_some(x + source * x_bytes + 4 * c, left)
-                store_some(window + j * row + 4 * c, value, left)
+                total = fma(value, load_some(weights + j * row + 4 * c, left), total)
+            store_some(out + t * out_bytes + 4 * c, silu(total), left)
+        for j in range(size - 1):
+            source = count + j - (size - 1)
+            if source < 0:
+                value = load_some(window + (source + size - 1) * row + 4 * c, left)
+            else:
+                value = load_some(x + source * x_bytes + 4 * c, left)
+            store_some(window + j * row + 4 * c, value, left)
 
 
 @inner
@@ -90,8 +86,8 @@ def scale_row(x, size, factor):
 
 
 @operation
-def delta_inputs(op, step, thread):
-    """Normalise q and k in place; k.q, decay and beta.
+def delta_inputs(op, step, task, scratch):
+    """Normalise a key head's q and k in place; k.q, decay and beta; a task is a (token, head).
 
     (qkv, bytes, ba, bytes, key heads, value heads, size, a, dt, kq (tokens, key heads),
      decay (tokens, value heads), beta (tokens, value heads))
@@ -102,34 +98,29 @@ def delta_inputs(op, step, thread):
     a, dt = argument(op, 7), argument(op, 8)
     kq, decay, beta = argument(op, 9), argument(op, 10), argument(op, 11)
     ratio = value_heads // key_heads
-    tasks = word(step, COUNT) * key_heads
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= tasks:
-            break
-        t, head = task // key_heads, task % key_heads
-        q = qkv + t * qkv_bytes + 4 * size * head
-        k = q + 4 * size * key_heads
-        length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
-        scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
-        length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
-        scale_row(k, size, np.float32(1.0) / length)
-        total = zero(f32x16)
-        for c in range(0, size, 16):
-            total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
-        store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
-        pair = ba + t * ba_bytes + 4 * 2 * ratio * head
-        for i in range(ratio):
-            h = head * ratio + i
-            at = 4 * (t * value_heads + h)
-            store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
-            alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
-            softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
-            store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
+    t, head = task // key_heads, task % key_heads
+    q = qkv + t * qkv_bytes + 4 * size * head
+    k = q + 4 * size * key_heads
+    length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
+    scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
+    length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
+    scale_row(k, size, np.float32(1.0) / length)
+    total = zero(f32x16)
+    for c in range(0, size, 16):
+        total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
+    store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
+    pair = ba + t * ba_bytes + 4 * 2 * ratio * head
+    for i in range(ratio):
+        h = head * ratio + i
+        at = 4 * (t * value_heads + h)
+        store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
+        alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
+        softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
+        store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
 
 
 @operation
-def delta_rule(op, step, thread):
+def delta_rule(op, step, task, scratch):
     """o for every token, and S moved on; a task is one column block of one head.
 
     (qkv, bytes, kq, decay, beta, out, bytes, key heads, value heads, size, place in the state)
@@ -140,37 +131,33 @@ def delta_rule(op, step, thread):
     key_heads, value_heads, size = argument(op, 7), argument(op, 8), argument(op, 9)
     memory = word(step, STATE) + argument(op, 10)
     blocks, ratio, count = (size + 15) // 16, value_heads // key_heads, word(step, COUNT)
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= value_heads * blocks:
-            break
-        head, block = task // blocks, task % blocks
-        s = memory + 64 * size * task
-        left = size - 16 * block
-        for t in range(count):
-            row = qkv + t * qkv_bytes
-            q = row + 4 * size * (head // ratio)
-            k = q + 4 * size * key_heads
-            value = load_some(row + 4 * size * (2 * key_heads + head) + 64 * block, left)
-            g = load_f32(decay + 4 * (t * value_heads + head))
-            b = load_f32(beta + 4 * (t * value_heads + head))
-            key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
-            for i in range(0, size - 1, 2):
-                even, odd = load(f32x16, s + 64 * i), load(f32x16, s + 64 * i + 64)
-                key0 = fma(even, load_f32(k + 4 * i), key0)
-                query0 = fma(even, load_f32(q + 4 * i), query0)
-                key1 = fma(odd, load_f32(k + 4 * i + 4), key1)
-                query1 = fma(odd, load_f32(q + 4 * i + 4), query1)
-            if size % 2 == 1:
-                last = load(f32x16, s + 64 * (size - 1))
-                key0 = fma(last, load_f32(k + 4 * (size - 1)), key0)
-                query0 = fma(last, load_f32(q + 4 * (size - 1)), query0)
-            d = (value - (key0 + key1) * g) * b
-            overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
-            target = out + t * out_bytes + 4 * size * head + 64 * block
-            store_some(target, fma(d, overlap, (query0 + query1) * g), left)
-            for i in range(size):
-                store(s + 64 * i, fma(d, load_f32(k + 4 * i), load(f32x16, s + 64 * i) * g))
+    head, block = task // blocks, task % blocks
+    s = memory + 64 * size * task
+    left = size - 16 * block
+    for t in range(count):
+        row = qkv + t * qkv_bytes
+        q = row + 4 * size * (head // ratio)
+        k = q + 4 * size * key_heads
+        value = load_some(row + 4 * size * (2 * key_heads + head) + 64 * block, left)
+        g = load_f32(decay + 4 * (t * value_heads + head))
+        b = load_f32(beta + 4 * (t * value_heads + head))
+        key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
+        for i in range(0, size - 1, 2):
+            even, odd = load(f32x16, s + 64 * i), load(f32x16, s + 64 * i + 64)
+            key0 = fma(even, load_f32(k + 4 * i), key0)
+            query0 = fma(even, load_f32(q + 4 * i), query0)
+            key1 = fma(odd, load_f32(k + 4 * i + 4), key1)
+            query1 = fma(odd, load_f32(q + 4 * i + 4), query1)
+        if size % 2 == 1:
+            last = load(f32x16, s + 64 * (size - 1))
+            key0 = fma(last, load_f32(k + 4 * (size - 1)), key0)
+            query0 = fma(last, load_f32(q + 4 * (size - 1)), query0)
+        d = (value - (key0 + key1) * g) * b
+        overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
+        target = out + t * out_bytes + 4 * size * head + 64 * block
+        store_some(target, fma(d, overlap, (query0 + query1) * g), left)
+        for i in range(size):
+            store(s + 64 * i, fma(d, load_f32(k + 4 * i), load(f32x16, s + 64 * i) * g))
 
 
 def memory_bytes(value_heads: int, size: int) -> int:

@@ -5,7 +5,7 @@ Bit for bit what quant's `dequantize` gives; formulas and layouts are in quant/<
 
 import numpy as np
 
-from ondevice.kernels.layout import COUNT, THREADS, TOKENS, argument, word
+from ondevice.kernels.layout import TOKENS, argument, word
 from ondevice.kernels.operation import expand_kernel, operation
 from ondevice.kernels.simd import (
     function_call,
@@ -24,17 +24,12 @@ call_expand = function_call(3)
 
 
 @operation
-def embed(op, step, thread):
-    """x := the embedding of every token: (table, row bytes, columns, expand kernel, x, bytes).
-
-    Tokens are dealt to threads as in `rms_norm`, which follows without a barrier.
-    """
+def embed(op, step, t, scratch):
+    """x := the embedding of a token: (table, row bytes, columns, expand kernel, x, bytes)."""
     table, row_bytes, columns = argument(op, 0), argument(op, 1), argument(op, 2)
     kernel, x, x_bytes = argument(op, 3), argument(op, 4), argument(op, 5)
-    count, tokens = word(step, COUNT), word(step, TOKENS)
-    for t in range(thread, count, word(step, THREADS)):
-        row = table + load_i32(tokens + 4 * t) * row_bytes
-        call_expand(kernel, (row, columns, x + t * x_bytes))
+    row = table + load_i32(word(step, TOKENS) + 4 * t) * row_bytes
+    call_expand(kernel, (row, columns, x + t * x_bytes))
 
 
 @expand_kernel

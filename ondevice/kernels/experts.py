@@ -17,11 +17,10 @@ numbers, where each one's slots begin (one more than experts), the slots, and th
 import numpy as np
 
 from ondevice.kernels.activation import exponential, sigmoid_of, silu_times
-from ondevice.kernels.layout import COUNT, CURSOR, THREADS, WORD, argument, word
-from ondevice.kernels.linear import call_rows, thread_scratch
+from ondevice.kernels.layout import COUNT, WORD, argument, word
+from ondevice.kernels.linear import call_rows
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
-    atomic_add,
     f32x16,
     fma,
     lane_maximum,
@@ -38,42 +37,42 @@ from ondevice.kernels.simd import (
 from quant.jit import inner
 
 ROUTING_WORDS = 8
-TOUCHED, NUMBERS, STARTS, SLOTS, SLOT_TOKENS = range(5)
+TOUCHED, NUMBERS, STARTS, SLOTS, SLOT_TOKENS = range(5)  # tasks are counted by the first
 
 
 @operation
-def route(op, step, thread):
-    """(logits, bytes, experts, k, chosen int32 (tokens, k), weights f32 (tokens, k))."""
+def route(op, step, t, scratch):
+    """A token's experts and their weights.
+
+    (logits, bytes, experts, k, chosen int32 (tokens, k), weights f32 (tokens, k))
+    """
     logits, logits_bytes = argument(op, 0), argument(op, 1)
     experts, k = argument(op, 2), argument(op, 3)
     chosen, weights = argument(op, 4), argument(op, 5)
     lowest = np.float32(-np.inf)
-    for t in range(thread, word(step, COUNT), word(step, THREADS)):
-        row = logits + t * logits_bytes
-        numbers, shares = chosen + 4 * k * t, weights + 4 * k * t
-        total, top = np.float32(0), np.float32(0)
-        for choice in range(k):
-            best, best_logit = 0, lowest
-            for expert in range(experts):
-                logit = load_f32(row + 4 * expert)
-                if logit > best_logit:
-                    best, best_logit = expert, logit
-            store_i32(numbers + 4 * choice, best)
-            store_f32(row + 4 * best, lowest)
-            if choice == 0:
-                top = best_logit
-            share = lane_maximum(exponential(splat(f32x16, best_logit - top)))
-            store_f32(shares + 4 * choice, share)
-            total += share
-        for choice in range(k):
-            store_f32(shares + 4 * choice, load_f32(shares + 4 * choice) / total)
+    row = logits + t * logits_bytes
+    numbers, shares = chosen + 4 * k * t, weights + 4 * k * t
+    total, top = np.float32(0), np.float32(0)
+    for choice in range(k):
+        best, best_logit = 0, lowest
+        for expert in range(experts):
+            logit = load_f32(row + 4 * expert)
+            if logit > best_logit:
+                best, best_logit = expert, logit
+        store_i32(numbers + 4 * choice, best)
+        store_f32(row + 4 * best, lowest)
+        if choice == 0:
+            top = best_logit
+        share = lane_maximum(exponential(splat(f32x16, best_logit - top)))
+        store_f32(shares + 4 * choice, share)
+        total += share
+    for choice in range(k):
+        store_f32(shares + 4 * choice, load_f32(shares + 4 * choice) / total)
 
 
 @operation
-def group(op, step, thread):
+def group(op, step, task, scratch):
     """Sort the slots by expert: (chosen, experts, k, routing record)."""
-    if thread != 0:
-        return
     chosen, experts = argument(op, 0), argument(op, 1)
     k, routing = argument(op, 2), argument(op, 3)
     numbers, starts = load_i64(routing + WORD * NUMBERS), load_i64(routing + WORD * STARTS)
@@ -124,13 +123,8 @@ def task_slots(routing, index, count):
     return expert, slots, tokens, load_i32(starts + 4) - begin
 
 
-@inner
-def touched_experts(routing):
-    return 1 if routing == 0 else load_i64(routing + WORD * TOUCHED)
-
-
 @operation
-def gate_up(op, step, thread):
+def gate_up(op, step, task, scratch):
     """gate := silu(gate x) * (up x) for each slot.
 
     (gate, expert bytes, row bytes, kernel, x, bytes, up, expert bytes, row bytes, kernel, x, bytes,
@@ -143,32 +137,26 @@ def gate_up(op, step, thread):
     rows, columns = argument(op, 12), argument(op, 13)
     gate_out, up_out, out_bytes = argument(op, 14), argument(op, 15), argument(op, 16)
     routing, chunk = argument(op, 17), argument(op, 18)
-    count, scratch = word(step, COUNT), thread_scratch(step, thread)
     chunks = (rows + chunk - 1) // chunk
-    tasks = touched_experts(routing) * chunks
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= tasks:
-            break
-        expert, slots, tokens, size = task_slots(routing, task // chunks, count)
-        start = task % chunks * chunk
-        used = min(chunk, rows - start)
-        g, u = gate_out + 4 * start, up_out + 4 * start
-        w = gate + expert * gate_bytes + start * gate_row
-        x = (gate_x, gate_x_bytes, tokens)
-        to = (g, out_bytes, slots)
-        call_rows(gate_kernel, (w, gate_row, used, columns, *x, *to, size, scratch))
-        w = up + expert * up_bytes + start * up_row
-        x = (up_x, up_x_bytes, tokens)
-        to = (u, out_bytes, slots)
-        call_rows(up_kernel, (w, up_row, used, columns, *x, *to, size, scratch))
-        for i in range(size):
-            at = out_bytes * (load_i32(slots + 4 * i) if slots != 0 else i)
-            silu_times(g + at, u + at, used)
+    expert, slots, tokens, size = task_slots(routing, task // chunks, word(step, COUNT))
+    start = task % chunks * chunk
+    used = min(chunk, rows - start)
+    g, u = gate_out + 4 * start, up_out + 4 * start
+    w = gate + expert * gate_bytes + start * gate_row
+    x = (gate_x, gate_x_bytes, tokens)
+    to = (g, out_bytes, slots)
+    call_rows(gate_kernel, (w, gate_row, used, columns, *x, *to, size, scratch))
+    w = up + expert * up_bytes + start * up_row
+    x = (up_x, up_x_bytes, tokens)
+    to = (u, out_bytes, slots)
+    call_rows(up_kernel, (w, up_row, used, columns, *x, *to, size, scratch))
+    for i in range(size):
+        at = out_bytes * (load_i32(slots + 4 * i) if slots != 0 else i)
+        silu_times(g + at, u + at, used)
 
 
 @operation
-def down(op, step, thread):
+def down(op, step, task, scratch):
     """out = down x for each slot.
 
     (weights, expert bytes, row bytes, kernel, x, bytes, rows, columns, out, bytes,
@@ -179,24 +167,18 @@ def down(op, step, thread):
     rows, columns = argument(op, 6), argument(op, 7)
     out, out_bytes = argument(op, 8), argument(op, 9)
     routing, chunk = argument(op, 10), argument(op, 11)
-    count, scratch = word(step, COUNT), thread_scratch(step, thread)
     chunks = (rows + chunk - 1) // chunk
-    tasks = touched_experts(routing) * chunks
-    while True:
-        task = atomic_add(op + WORD * CURSOR, 1)
-        if task >= tasks:
-            break
-        expert, slots, _, size = task_slots(routing, task // chunks, count)
-        start = task % chunks * chunk
-        used = min(chunk, rows - start)
-        w = weights + expert * expert_bytes + start * row_bytes
-        source = (x, x_bytes, slots)
-        to = (out + 4 * start, out_bytes, slots)
-        call_rows(kernel, (w, row_bytes, used, columns, *source, *to, size, scratch))
+    expert, slots, _, size = task_slots(routing, task // chunks, word(step, COUNT))
+    start = task % chunks * chunk
+    used = min(chunk, rows - start)
+    w = weights + expert * expert_bytes + start * row_bytes
+    source = (x, x_bytes, slots)
+    to = (out + 4 * start, out_bytes, slots)
+    call_rows(kernel, (w, row_bytes, used, columns, *source, *to, size, scratch))
 
 
 @operation
-def combine(op, step, thread):
+def combine(op, step, t, scratch):
     """x += the experts' weighted outputs + sigmoid(gate) * the shared expert's.
 
     (x, bytes, columns, experts' out, bytes, k, weights, shared out, bytes, gate logits, bytes)
@@ -206,14 +188,13 @@ def combine(op, step, thread):
     k, weights = argument(op, 5), argument(op, 6)
     shared, shared_bytes = argument(op, 7), argument(op, 8)
     gate, gate_bytes = argument(op, 9), argument(op, 10)
-    for t in range(thread, word(step, COUNT), word(step, THREADS)):
-        row, shared_row = x + t * x_bytes, shared + t * shared_bytes
-        openness = sigmoid_of(load_f32(gate + t * gate_bytes))
-        for c in range(0, columns, 16):
-            left = columns - c
-            total = load_some(shared_row + 4 * c, left) * openness
-            for choice in range(k):
-                slot = t * k + choice
-                value = load_some(outputs + slot * out_bytes + 4 * c, left)
-                total = fma(value, load_f32(weights + 4 * slot), total)
-            store_some(row + 4 * c, load_some(row + 4 * c, left) + total, left)
+    row, shared_row = x + t * x_bytes, shared + t * shared_bytes
+    openness = sigmoid_of(load_f32(gate + t * gate_bytes))
+    for c in range(0, columns, 16):
+        left = columns - c
+        total = load_some(shared_row + 4 * c, left) * openness
+        for choice in range(k):
+            slot = t * k + choice
+            value = load_some(outputs + slot * out_bytes + 4 * c, left)
+            total = fma(value, load_f32(weights + 4 * slot), total)
+        store_some(row + 4 * c, load_some(row + 4 * c, left) + total, left)

@@ -2,8 +2,7 @@
 
     y = x / sqrt(mean(x^2) + epsilon) * weight
 
-GGUF norm weights already carry the +1 of Qwen3-Next's zero-centred norms. Tokens are dealt to the
-threads in turn, so that operations on single tokens can follow each other without a barrier.
+GGUF norm weights already carry the +1 of Qwen3-Next's zero-centred norms. A task is a token.
 """
 
 import math
@@ -11,7 +10,7 @@ import math
 import numpy as np
 
 from ondevice.kernels.activation import quantize_row, silu
-from ondevice.kernels.layout import ARGUMENTS, COUNT, FIRST, THREADS, WORD, argument, word
+from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, argument, word
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
@@ -47,7 +46,7 @@ def normalize(x, columns, weight, epsilon, out):
 
 
 @operation
-def rms_norm(op, step, thread):
+def rms_norm(op, step, t, scratch):
     """x += addend where there is one; then the norm of x, as floats and as int8 records.
 
     (x, x_bytes, columns, weight, epsilon, addend, bytes, out, bytes, per_256, bytes, per_32, bytes)
@@ -59,15 +58,14 @@ def rms_norm(op, step, thread):
     per_256, per_256_bytes = argument(op, 9), argument(op, 10)
     per_32, per_32_bytes = argument(op, 11), argument(op, 12)
     first = word(step, FIRST)
-    for t in range(thread, word(step, COUNT), word(step, THREADS)):
-        row = x + (first + t) * x_bytes
-        if addend != 0:
-            add_row(row, addend + (first + t) * addend_bytes, columns)
-        target = out + t * out_bytes
-        normalize(row, columns, weight, epsilon, target)
-        at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
-        at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
-        quantize_row(target, columns, at_256, at_32)
+    row = x + (first + t) * x_bytes
+    if addend != 0:
+        add_row(row, addend + (first + t) * addend_bytes, columns)
+    target = out + t * out_bytes
+    normalize(row, columns, weight, epsilon, target)
+    at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
+    at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
+    quantize_row(target, columns, at_256, at_32)
 
 
 @inner
@@ -79,7 +77,7 @@ def add_row(x, addend, columns):
 
 
 @operation
-def gated_norm(op, step, thread):
+def gated_norm(op, step, t, scratch):
     """Per head: norm(x) * weight * silu(z), in place, then int8 records of the whole token.
 
     (x, bytes, z, bytes, heads, size, weight, epsilon, per_256, bytes, per_32, bytes)
@@ -89,17 +87,16 @@ def gated_norm(op, step, thread):
     epsilon = load_f32(op + WORD * (ARGUMENTS + 7))
     per_256, per_256_bytes = argument(op, 8), argument(op, 9)
     per_32, per_32_bytes = argument(op, 10), argument(op, 11)
-    for t in range(thread, word(step, COUNT), word(step, THREADS)):
-        row = x + t * x_bytes
-        gate = z + t * z_bytes
-        for h in range(heads):
-            head = row + 4 * size * h
-            normalize(head, size, weight, epsilon, head)
-            for c in range(0, size, 16):
-                left = size - c
-                at = 4 * (size * h + c)
-                value = load_some(row + at, left) * silu(load_some(gate + at, left))
-                store_some(row + at, value, left)
-        at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
-        at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
-        quantize_row(row, heads * size, at_256, at_32)
+    row = x + t * x_bytes
+    gate = z + t * z_bytes
+    for h in range(heads):
+        head = row + 4 * size * h
+        normalize(head, size, weight, epsilon, head)
+        for c in range(0, size, 16):
+            left = size - c
+            at = 4 * (size * h + c)
+            value = load_some(row + at, left) * silu(load_some(gate + at, left))
+            store_some(row + at, value, left)
+    at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
+    at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
+    quantize_row(row, heads * size, at_256, at_32)

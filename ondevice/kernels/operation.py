@@ -2,7 +2,7 @@
 
 Every kernel of a program has the C signature
 
-    void kernel(int64 operation, int64 step, int64 thread)
+    void kernel(int64 operation, int64 step, int64 task, int64 scratch)
 
 and is compiled when a program first uses it, so a model pays only for the kernels and block
 formats that its file needs. Calls by address keep kernels out of each other's compilation units:
@@ -44,9 +44,9 @@ class CompiledFunction:
         self._compiled.ctypes(*arguments)
 
 
-def operation(function: Callable[[int, int, int], None]) -> CompiledFunction:
-    """A kernel that a program can hold: (operation record, step record, thread)."""
-    return CompiledFunction(function, 3)
+def operation(function: Callable[[int, int, int, int], None]) -> CompiledFunction:
+    """A kernel that a program can hold: (operation record, step record, task, scratch)."""
+    return CompiledFunction(function, 4)
 
 
 def row_kernel(function: Callable[..., None]) -> CompiledFunction:

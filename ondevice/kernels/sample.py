@@ -155,10 +155,8 @@ def draw(sampler, position):
 
 
 @operation
-def sample(op, step, thread):
+def sample(op, step, task, scratch):
     """Choose a token, append it to the history, and say whether the program runs again."""
-    if thread != 0:
-        return
     store_i64(step + WORD * REPEAT, 0)
     position = word(step, POSITION) + word(step, COUNT)
     store_i64(step + WORD * POSITION, position)

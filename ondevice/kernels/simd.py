@@ -800,6 +800,18 @@ def atomic_store(typing: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_exchange(typing: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Store value at address if expected is there; whether it was."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        pair = builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), lower
+
+
+@intrinsic
 def pause(typing: Any) -> Any:
     """Tell the core that this is a spin loop; nothing on other machines than x86."""
 

@@ -1,15 +1,18 @@
 """The thread team: runs a program of kernels on all threads, without Python in between.
 
 Every worker thread sits in one compiled function, `serve`, for its whole life and never holds the
-interpreter's lock: it waits for a byte in a pipe, runs the job, meets the others at barriers, and
-waits again. So an application's busy Python thread cannot stall a step, parked workers cost
-nothing, and the caller waits in Python, where Ctrl-C reaches it. Pipes are what every platform
-has; their C functions are called by address.
+interpreter's lock: it waits for a byte in a pipe, runs the job, and waits again. So an
+application's busy Python thread cannot stall a step, parked workers cost nothing, and the caller
+waits in Python, where Ctrl-C reaches it. Pipes are what every platform has; their C functions are
+called by address.
 
-A barrier is a counter: the last to arrive zeroes the work cursors since the barrier before, takes
-note of an abort, and raises the generation that the others watch. They spin a while, which costs
-0.2 us when all run, and then sleep in short naps: on a core that falls idle, the scheduler puts
-the worker that everybody is waiting for, where yielding would only run whatever else is there.
+A program is a list of operations in groups, and a group is a queue of tasks. The *ticket* holds the
+number of the current group's turn and its next task; a thread takes a task by raising it, and the
+thread that finishes a group's last task opens the next group. So nobody waits for a thread, only
+for work that a thread has begun: one that the operating system keeps from running is simply not
+there, and on fast and slow cores each does what it can. Who finds no task spins a while and then
+sleeps in short naps, which leaves its core to a worker that has one where yielding would only run
+whatever else is there.
 """
 
 import ctypes
@@ -22,21 +25,29 @@ from numba.core import types
 
 from ondevice.kernels.layout import (
     ABORT,
+    BARRIER,
     CANCEL,
+    CHAIN,
     COUNT,
-    CURSOR,
     KERNEL,
-    MEET,
     OPERATION_WORDS,
+    PER_TOKEN,
     REPEAT,
+    SCRATCH,
+    SCRATCH_BYTES,
+    TASKS,
+    THEN,
+    TIMES,
     WORD,
     word,
 )
 from ondevice.kernels.simd import (
     atomic_add,
+    atomic_exchange,
     atomic_load,
     atomic_store,
     function_call,
+    load_i64,
     pause,
     store_i64,
 )
@@ -44,60 +55,116 @@ from quant.errors import Error, ResourceError
 from quant.jit import inner, kernel
 
 CONTROL_WORDS = 128
-ARRIVED, GENERATION = 0, 16  # on cache lines of their own
-ABORTED, PROGRAM, OPERATIONS, STEP, MEMBERS = 32, 48, 49, 50, 51
-WORK_PIPE, DONE_PIPE, READ, WRITE, NAP = 52, 53, 54, 55, 56
+TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
+NEXT, TOTALS = GROUP + 1, GROUP + 2  # totals: of even turns, of odd ones
+PROGRAM, OPERATIONS, STEP, MEMBERS = 49, 50, 51, 52
+WORK_PIPE, DONE_PIPE, READ, WRITE, NAP = 53, 54, 55, 56, 57
 BYTES = 64  # what goes through the pipes, one word per thread from here on
+TURN, TASK = 32, (1 << 32) - 1  # a ticket is turn << 32 | task
+ENDED = 1 << 30  # the turn after the last
 SPINS = 1000
 NAP_LENGTH = 20 if sys.platform != "win32" else 0  # microseconds; milliseconds on Windows
 MOST_THREADS = CONTROL_WORDS - BYTES
 
-call_kernel = function_call(3)
+call_kernel = function_call(4)
 call_pipe = function_call(3, types.int32)
 call_nap = function_call(1, types.int32)
 
 
 @inner
-def meet(control, generation, first, last):
-    """Wait until every thread is here; operations first .. last of the program are done."""
-    members = word(control, MEMBERS)
-    program = word(control, PROGRAM)
-    if atomic_add(control + WORD * ARRIVED, 1) + 1 == members:
-        atomic_store(control + WORD * ARRIVED, 0)
-        for i in range(first, last + 1):
-            store_i64(program + WORD * (OPERATION_WORDS * i + CURSOR), 0)
-        abort = atomic_load(word(control, STEP) + WORD * ABORT)
-        store_i64(control + WORD * ABORTED, abort)
-        atomic_store(control + WORD * GENERATION, generation + 1)
-        return
-    spins = 0
-    while atomic_load(control + WORD * GENERATION) <= generation:
-        spins += 1
-        if spins < SPINS:
-            pause()
-        else:
-            call_nap(word(control, NAP), (NAP_LENGTH,))
+def operation_at(control, index):
+    return word(control, PROGRAM) + WORD * OPERATION_WORDS * index
 
 
 @inner
-def run(control, thread):
-    """This thread's part of the job: every operation in turn, again while the step says so."""
-    program, count = word(control, PROGRAM), word(control, OPERATIONS)
-    step = word(control, STEP)
-    generation = atomic_load(control + WORD * GENERATION)
+def task_count(operation, step):
+    """Tasks of an operation in this step."""
+    tasks = word(operation, TASKS)
+    if word(operation, PER_TOKEN) != 0:
+        tasks *= word(step, COUNT)
+    times = word(operation, TIMES)
+    if times != 0:
+        tasks *= load_i64(times)
+    return tasks
+
+
+@inner
+def last_of_chain(control, index):
+    """The operation itself, or the last of those that its tasks go on with."""
+    while word(operation_at(control, index), THEN) == CHAIN:
+        index += 1
+    return index
+
+
+@kernel("void(int64, int64, int64)")
+def open_group(control, first, turn):
+    """Offer the tasks of the group that begins with operation `first`."""
+    step, total, index = word(control, STEP), 0, first
     while True:
-        first = 0
-        for i in range(count):
-            operation = program + WORD * OPERATION_WORDS * i
-            call_kernel(word(operation, KERNEL), (operation, step, thread))
-            if word(operation, MEET) != 0:
-                meet(control, generation, first, i)
-                generation += 1
-                first = i + 1
-                if word(control, ABORTED) != 0:
-                    return
-        if word(step, REPEAT) == 0:
+        total += task_count(operation_at(control, index), step)
+        index = last_of_chain(control, index)
+        if word(operation_at(control, index), THEN) == BARRIER:
+            break
+        index += 1
+    store_i64(control + WORD * GROUP, first)
+    store_i64(control + WORD * (TOTALS + turn % 2), total)
+    store_i64(control + WORD * NEXT, index + 1)
+    store_i64(control + WORD * DONE, 0)
+    atomic_store(control + WORD * TICKET, turn << TURN)
+
+
+@inner
+def go_on(control, turn):
+    """The group is done: open the next one, the first again, or none."""
+    step, following = word(control, STEP), word(control, NEXT)
+    aborted = atomic_load(step + WORD * ABORT) != 0
+    last = following == word(control, OPERATIONS)
+    if aborted or (last and word(step, REPEAT) == 0):
+        atomic_store(control + WORD * TICKET, ENDED << TURN)
+    else:
+        open_group(control, 0 if last else following, turn + 1)
+
+
+@inner
+def perform(control, task, scratch):
+    """Task number `task` of the current group."""
+    step, index = word(control, STEP), word(control, GROUP)
+    while True:
+        tasks = task_count(operation_at(control, index), step)
+        if task < tasks:
+            break
+        task -= tasks
+        index = last_of_chain(control, index) + 1
+    while True:
+        operation = operation_at(control, index)
+        call_kernel(word(operation, KERNEL), (operation, step, task, scratch))
+        if word(operation, THEN) != CHAIN:
+            break
+        index += 1
+
+
+@inner
+def work(control, scratch):
+    """Take tasks until the program ends."""
+    spins = 0
+    while True:
+        ticket = atomic_load(control + WORD * TICKET)
+        turn, task = ticket >> TURN, ticket & TASK
+        if turn == ENDED:
             return
+        # overwritten only when this turn is over, and then the exchange fails
+        total = word(control, TOTALS + turn % 2)
+        if task >= total:
+            spins += 1
+            if spins < SPINS:
+                pause()
+            else:
+                call_nap(word(control, NAP), (NAP_LENGTH,))
+        elif atomic_exchange(control + WORD * TICKET, ticket, ticket + 1):
+            spins = 0
+            perform(control, task, scratch)
+            if atomic_add(control + WORD * DONE, 1) + 1 == total:
+                go_on(control, turn)
 
 
 @kernel("void(int64, int64)")
@@ -112,11 +179,11 @@ def serve(control, thread):
             pass  # interrupted by a signal
         if word(control, OPERATIONS) == 0:
             return
-        run(control, thread)
+        step = word(control, STEP)
+        work(control, word(step, SCRATCH) + thread * word(step, SCRATCH_BYTES))
         # all have left the program before anyone reports: the next job may follow at once
-        members, slot = word(control, MEMBERS), control + WORD * (BYTES - 1)
-        if atomic_add(slot, 1) + 1 == members:
-            atomic_store(slot, 0)
+        if atomic_add(control + WORD * LEFT, 1) + 1 == word(control, MEMBERS):
+            atomic_store(control + WORD * LEFT, 0)
             call_pipe(word(control, WRITE), (word(control, DONE_PIPE), byte, 1))
 
 
@@ -161,7 +228,7 @@ class Team:
     def run(self, program: np.ndarray, step: np.ndarray) -> None:
         """Run a program (operations, OPERATION_WORDS) int64 on a step record, to its end.
 
-        The step's ABORT word, set by anyone meanwhile, ends it at the next barrier; what the
+        The step's ABORT word, set by anyone meanwhile, ends it after this group; what the
         program was changing is then undefined. An exception while waiting (Ctrl-C) stops a
         decode loop after its token and aborts a batch, waits for the workers, and goes on.
         """
@@ -170,7 +237,7 @@ class Team:
         control = self._control
         control[PROGRAM], control[OPERATIONS] = program.ctypes.data, len(program)
         control[STEP] = step.ctypes.data
-        control[ABORTED] = 0
+        open_group(control.ctypes.data, 0, 0)
         os.write(self._work, bytes(self.threads))
         try:
             os.read(self._done, 1)
@@ -178,9 +245,6 @@ class Team:
             step[CANCEL if step[COUNT] == 1 else ABORT] = 1
             self._wait()
             raise
-        finally:
-            if step[ABORT]:
-                program[:, CURSOR] = 0
 
     def _wait(self) -> None:
         while True:

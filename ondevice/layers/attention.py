@@ -11,6 +11,7 @@ import numpy as np
 
 from ondevice.config import Config
 from ondevice.kernels import attention as kernels
+from ondevice.kernels.layout import BESIDE, CHAIN
 from ondevice.program import Buffer, Program, float_bits
 from ondevice.weights import Weights
 
@@ -23,7 +24,10 @@ def rotations(program: Program, config: Config) -> int:
     frequencies = np.float32(1) / base ** (exponents / np.float32(config.rope_dimensions))
     table = program.keep(np.zeros((program.capacity, 2, pairs), np.float32))
     program.add(
-        kernels.rotations, program.keep(frequencies.astype(np.float32)), pairs, table, meet=False
+        kernels.rotations,
+        *(program.keep(frequencies.astype(np.float32)), pairs, table),
+        per_token=True,
+        then=CHAIN,
     )
     return table
 
@@ -48,8 +52,8 @@ def attention(
 
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
     h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    q = program.linear(q_matrix, h, "q", meet=False)
-    k = program.linear(k_matrix, h, "k", meet=False)
+    q = program.linear(q_matrix, h, "q", then=BESIDE)
+    k = program.linear(k_matrix, h, "k", then=BESIDE)
     v = program.linear(v_matrix, h, "v")
     program.add(
         kernels.attention_inputs,
@@ -59,6 +63,8 @@ def attention(
         program.keep(weights.vector(f"{block}.attn_k_norm.weight", size)),
         float_bits(config.norm_epsilon),
         index,
+        tasks=config.heads + config.kv_heads,
+        per_token=True,
     )
     o = program.activation("attention output", config.heads * size, (out_matrix,))
     program.scratch_bytes = max(program.scratch_bytes, kernels.scratch_bytes(size))
@@ -66,6 +72,8 @@ def attention(
         kernels.attend,
         *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
         *(o.floats.address, o.floats.row_bytes, index),
+        tasks=config.heads,
+        per_token=True,
     )
     program.quantize(o)
     return program.linear(out_matrix, o, "mixer output")

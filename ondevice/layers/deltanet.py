@@ -12,6 +12,7 @@ import numpy as np
 
 from ondevice.config import Config
 from ondevice.kernels import delta, norm
+from ondevice.kernels.layout import BESIDE
 from ondevice.program import Buffer, Program, float_bits, record_arguments
 from ondevice.weights import Weights
 
@@ -40,8 +41,8 @@ def deltanet(
 
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
     h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    qkv = program.linear(qkv_matrix, h, "qkv", meet=False)
-    z = program.linear(z_matrix, h, "z", meet=False)
+    qkv = program.linear(qkv_matrix, h, "qkv", then=BESIDE)
+    z = program.linear(z_matrix, h, "z", then=BESIDE)
     ba = program.linear(ba_matrix, h, "ba")
 
     mixed = program.buffer("convolved", 4 * config.conv_channels)
@@ -51,6 +52,7 @@ def deltanet(
         *(config.conv_channels, config.conv_kernel),
         program.keep(np.ascontiguousarray(conv.T)),
         place,
+        tasks=-(-config.conv_channels // delta.CHANNELS),
     )
     capacity = program.capacity
     kq = program.keep(np.zeros((capacity, config.key_heads), np.float32))
@@ -63,6 +65,8 @@ def deltanet(
         program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
         program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
         *(kq, decay, beta),
+        tasks=config.key_heads,
+        per_token=True,
     )
     o = program.activation("delta output", config.value_dim, (out_matrix,))
     program.add(
@@ -70,6 +74,7 @@ def deltanet(
         *(mixed.address, mixed.row_bytes, kq, decay, beta),
         *(o.floats.address, o.floats.row_bytes),
         *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
+        tasks=config.value_heads * -(-size // 16),
     )
     program.add(
         norm.gated_norm,
@@ -78,5 +83,6 @@ def deltanet(
         program.keep(weights.vector(f"{block}.ssm_norm.weight", size)),
         float_bits(config.norm_epsilon),
         *record_arguments(o),
+        per_token=True,
     )
     return program.linear(out_matrix, o, "mixer output")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ondevice.config import Config
 from ondevice.kernels import experts as kernels
+from ondevice.kernels.layout import BARRIER, BESIDE, CHAIN
 from ondevice.program import Buffer, Program
 from ondevice.weights import Weights
 
@@ -19,6 +20,7 @@ def moe(
     program: Program, config: Config, weights: Weights, layer: int, x: Buffer, mixed: Buffer
 ) -> None:
     """x += mixed, the token mixer's output, then x += experts(norm(x)); in place."""
+    last = layer + 1 == config.layers
     block = f"blk.{layer}"
     hidden, width, shared = config.hidden, config.expert_width, config.shared_width
     count, k = config.experts, config.experts_used
@@ -33,30 +35,34 @@ def moe(
 
     ffn_norm = weights.vector(f"{block}.post_attention_norm.weight", hidden)
     h = program.norm(x, ffn_norm, config.norm_epsilon, "experts input", readers, addend=mixed)
-    logits = program.linear(router, h, "router logits", meet=False)
+    logits = program.linear(router, h, "router logits", then=BESIDE)
     opening = program.linear(openness, h, "shared opening")
 
     slots = program.capacity * k
     chosen = program.keep(np.zeros(slots, np.int32))
     shares = program.keep(np.zeros(slots, np.float32))
     routing = _routing_record(program, count, slots)
-    program.add(kernels.route, logits.address, logits.row_bytes, count, k, chosen, shares)
+    program.add(
+        kernels.route, logits.address, logits.row_bytes, count, k, chosen, shares, per_token=True
+    )
     program.add(kernels.group, chosen, count, k, routing)
 
     inner = program.activation("expert hidden", width, (down,), k)
     shared_inner = program.activation("shared hidden", shared, (shared_down,))
-    program.gate_up(gate, up, h, inner, "expert", routing, k, meet=False)
+    program.gate_up(gate, up, h, inner, "expert", routing, k, then=BESIDE)
     program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
-    program.quantize(inner)
+    program.quantize(inner, then=BESIDE if shared_inner.records else BARRIER)
     program.quantize(shared_inner)
     outputs = program.buffer("expert outputs", 4 * hidden, k)
     shared_output = program.buffer("shared output", 4 * hidden)
-    program.down(down, inner, outputs, routing, k, meet=False)
+    program.down(down, inner, outputs, routing, k, then=BESIDE)
     program.down(shared_down, shared_inner, shared_output)
     program.add(
         kernels.combine,
         *(x.address, x.row_bytes, hidden, outputs.address, outputs.row_bytes, k, shares),
         *(shared_output.address, shared_output.row_bytes, opening.address, opening.row_bytes),
+        per_token=True,
+        then=BARRIER if last else CHAIN,  # the next layer begins with a norm per token
     )
 
 

@@ -1,9 +1,8 @@
-"""Threads meet wherever they must: programs run in the worst orders that their barriers allow.
+"""Nothing begins before what it needs: programs run in the worst orders that their groups allow.
 
-Between two barriers the threads may drift apart as far as they like. The worst cases are played
-here without threads: in each stretch one thread goes through all of its operations before the
-other starts, with one of the two holding every task of the work queues. A reader that needed a
-barrier finds what the last step left behind, always and not once in thousands of steps.
+Until a barrier, tasks may be done in any order, but for those of a chain. The worst orders are
+played here without threads. A reader that needed a barrier finds what the last step left behind,
+always and not once in thousands of steps.
 """
 
 import ctypes
@@ -19,33 +18,48 @@ from ondevice.model import HEAD_ROWS, Model
 from ondevice.state import State
 from tools.random_checkpoint import Shape, write_checkpoint
 
-THREADS = 2
-TAKEN = 1 << 40  # a work cursor beyond all tasks
 SHAPE = Shape(hidden=64, layers=2, interval=2, experts=8, experts_used=2, mtp=False)
+ORDERS = ("forwards", "backwards", "last operation first", "shuffled")
 
-operation = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
-
-# Who goes ahead, and who has the tasks.
-ORDERS = [(ahead, holder) for ahead in range(THREADS) for holder in range(THREADS)]
-Order = tuple[int, int]
+operation = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 
-def run_apart(program: np.ndarray, step: np.ndarray, order: Order) -> None:
-    """Run a program (operations, words), in each stretch one thread after the other."""
-    ahead, holder = order
-    program = program.copy()
-    stretches = np.split(program, np.flatnonzero(program[:, layout.MEET]) + 1)
-    for stretch in stretches:
-        for thread in (ahead, 1 - ahead):
-            stretch[:, layout.CURSOR] = 0 if thread == holder else TAKEN
-            for record in stretch:
+def task_count(record: np.ndarray, step: np.ndarray) -> int:
+    tasks = int(record[layout.TASKS])
+    if record[layout.PER_TOKEN]:
+        tasks *= int(step[layout.COUNT])
+    if record[layout.TIMES]:
+        tasks *= ctypes.c_int64.from_address(int(record[layout.TIMES])).value
+    return tasks
+
+
+def run_apart(program: np.ndarray, step: np.ndarray, order: str) -> None:
+    """Run a program (operations, words), the tasks of each group in the given order."""
+    scratch = int(step[layout.SCRATCH])
+    for group in np.split(program, np.flatnonzero(program[:, layout.THEN] == layout.BARRIER) + 1):
+        if not len(group):
+            continue
+        chains = np.split(group, np.flatnonzero(group[:-1, layout.THEN] == layout.BESIDE) + 1)
+        tasks = []
+        for chain in chains:
+            counts = {task_count(record, step) for record in chain}
+            assert len(counts) == 1, "the operations of a chain have as many tasks"
+            tasks.append([(chain, task) for task in range(counts.pop())])
+        if order == "last operation first":
+            tasks.reverse()
+        flat = [pair for pairs in tasks for pair in pairs]
+        if order == "backwards":
+            flat.reverse()
+        elif order == "shuffled":
+            np.random.default_rng(len(flat)).shuffle(flat)  # type: ignore[arg-type]
+        for chain, task in flat:
+            for record in chain:
                 call = operation(int(record[layout.KERNEL]))
-                call(record.ctypes.data, step.ctypes.data, thread)
+                call(record.ctypes.data, step.ctypes.data, task, scratch)
 
 
-def logits_apart(model: Model, ids: np.ndarray, batch: int, order: Order) -> np.ndarray:
-    """`Model.logits` with the threads as far apart as can be."""
+def logits_apart(model: Model, ids: np.ndarray, batch: int, order: str) -> np.ndarray:
+    """`Model.logits` with the tasks of each group in the given order."""
     state = State(model.config, len(ids))
     step = model.step(state)
     rows = []
@@ -65,14 +79,14 @@ def logits_apart(model: Model, ids: np.ndarray, batch: int, order: Order) -> np.
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_threads_meet_wherever_they_must(kind: str, tmp_path: Path) -> None:
+def test_nothing_begins_before_what_it_needs(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     convert.convert(write_checkpoint(tmp_path / "hf", SHAPE), path, type=kind)
     ids = np.arange(24, dtype=np.int32) * 5 % SHAPE.vocabulary
-    with ondevice.load(path, threads=THREADS) as model:
+    with ondevice.load(path, threads=2) as model:
         expected = model.logits(ids.tolist())
         for batch in (1, 5, 24):
             for order in ORDERS:
                 logits = logits_apart(model, ids, batch, order)
                 wrong = np.flatnonzero((logits != expected).any(axis=1))
-                assert not len(wrong), f"pieces of {batch}, (ahead, holder) {order}: {wrong[:1]}"
+                assert not len(wrong), f"pieces of {batch}, {order}: {wrong[:1]}"
