@@ -27,7 +27,7 @@ from ondevice.kernels.team import Team
 from ondevice.layers.attention import attention, rotations
 from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
-from ondevice.program import Program, zeros
+from ondevice.program import Operations, Program, zeros
 from ondevice.sampling import Sampling
 from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
@@ -114,7 +114,7 @@ class Model:
         self._logits = head.linear(output, h, "logits")
         self._head = head.take()
         head.add(sample.sample)
-        self._decode = np.concatenate([self._prefill, self._head, head.take()])
+        self._decode = self._prefill + self._head + head.take()
         self._programs = (program, head)
         self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
@@ -136,12 +136,12 @@ class Model:
         words[layout.SCRATCH_BYTES] = self.scratch_bytes
         return words
 
-    def run(self, program: Array, step: Array) -> None:
+    def run(self, program: Operations, step: Array, profile: Array | None = None) -> None:
         """Run a program, when the calls before it are done."""
         with self._lock:
             if self._closed:
                 raise Error(f"{self.path}: the model is closed")
-            self._team.run(program, step)
+            self._team.run(program.records, step, profile)
 
     def prefill(self, state: State, step: Array, tokens: Array) -> bool:
         """Take at most BATCH tokens (int32) into the state.
@@ -218,11 +218,11 @@ class Model:
                 count = len(tokens_of_batch)
                 step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, start, 0
                 step[layout.TOKENS] = tokens_of_batch.ctypes.data
-                self._team.run(self._prefill, step)
+                self._team.run(self._prefill.records, step)
                 for first in range(0, count, HEAD_ROWS):
                     rows = min(HEAD_ROWS, count - first)
                     step[[layout.COUNT, layout.FIRST]] = rows, first
-                    self._team.run(self._head, step)
+                    self._team.run(self._head.records, step)
                     values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes]
                     values = values.view(np.float32).reshape(HEAD_ROWS, row)
                     result[start + first : start + first + rows] = values[:rows, :vocabulary]

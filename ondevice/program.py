@@ -62,6 +62,20 @@ class Activation:
         return self.floats if kind == activation.NONE else self.records[kind]
 
 
+@dataclass(frozen=True)
+class Operations:
+    """A finished program."""
+
+    records: Array
+    """(operations, OPERATION_WORDS) int64, as the thread team runs them."""
+    labels: tuple[str, ...]
+    """What each is about, for a profile."""
+
+    def __add__(self, other: "Operations") -> "Operations":
+        records = np.concatenate([self.records, other.records])
+        return Operations(records, self.labels + other.labels)
+
+
 class Program:
     """Operations for batches of up to `capacity` tokens on `threads` threads."""
 
@@ -71,6 +85,7 @@ class Program:
         self.scratch_bytes = 0
         self._buffers: dict[str, Buffer] = {}
         self._operations: list[list[int]] = []
+        self._labels: list[str] = []
         self._kept: list[object] = []
 
     # ---- memory ----
@@ -111,6 +126,7 @@ class Program:
         per_token: bool = False,
         times: int = 0,
         then: int = BARRIER,
+        label: str = "",
     ) -> None:
         """One operation and what may follow it; kernels.layout says what the options mean."""
         assert len(arguments) <= OPERATION_WORDS - ARGUMENTS
@@ -119,11 +135,13 @@ class Program:
         words[TIMES], words[THEN] = times, then
         words[ARGUMENTS : ARGUMENTS + len(arguments)] = [int(value) for value in arguments]
         self._operations.append(words)
+        self._labels.append(label or kernel.__name__)
 
-    def take(self) -> Array:
-        """The operations added since the last call, (operations, OPERATION_WORDS) int64."""
-        operations = np.array(self._operations, np.int64).reshape(-1, OPERATION_WORDS)
-        self._operations = []
+    def take(self) -> "Operations":
+        """The operations added since the last call."""
+        records = np.array(self._operations, np.int64).reshape(-1, OPERATION_WORDS)
+        operations = Operations(records, tuple(self._labels))
+        self._operations, self._labels = [], []
         return operations
 
     def activation(
@@ -204,6 +222,7 @@ class Program:
             chunk,
             tasks=-(-matrix.rows // chunk),
             then=then,
+            label=f"linear: {name}",
         )
         return out
 
@@ -246,6 +265,7 @@ class Program:
             tasks=-(-gate.rows // chunk),
             times=routing,
             then=then,
+            label=f"{name} gate_up",
         )
 
     def down(
@@ -277,6 +297,7 @@ class Program:
             tasks=-(-matrix.rows // chunk),
             times=routing,
             then=then,
+            label="expert down" if routing else "shared down",
         )
 
     def reader(self, matrix: Matrix) -> int:

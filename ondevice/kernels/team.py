@@ -54,21 +54,24 @@ from ondevice.kernels.simd import (
 from quant.errors import Error, ResourceError
 from quant.jit import inner, kernel
 
-CONTROL_WORDS = 128
+CONTROL_WORDS = 256
 TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
 NEXT, TOTALS = GROUP + 1, GROUP + 2  # totals: of even turns, of odd ones
-PROGRAM, OPERATIONS, STEP, MEMBERS = 49, 50, 51, 52
-WORK_PIPE, DONE_PIPE, READ, WRITE, NAP = 53, 54, 55, 56, 57
+PROGRAM, OPERATIONS, STEP, MEMBERS, PROFILE = range(49, 54)
+WORK_PIPE, DONE_PIPE, READ, WRITE, NAP, CLOCK = range(54, 60)
 BYTES = 64  # what goes through the pipes, one word per thread from here on
 TURN, TASK = 32, (1 << 32) - 1  # a ticket is turn << 32 | task
 ENDED = 1 << 30  # the turn after the last
 SPINS = 1000
 NAP_LENGTH = 20 if sys.platform != "win32" else 0  # microseconds; milliseconds on Windows
-MOST_THREADS = CONTROL_WORDS - BYTES
+SPACE = 128  # two words per thread, for the clock
+MOST_THREADS = SPACE - BYTES
 
 call_kernel = function_call(4)
 call_pipe = function_call(3, types.int32)
 call_nap = function_call(1, types.int32)
+call_clock = function_call(2, types.int32)
+MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
 @inner
@@ -126,8 +129,21 @@ def go_on(control, turn):
 
 
 @inner
+def nanoseconds(control, space):
+    """A clock that only goes forward; `space` is room for two words."""
+    call_clock(word(control, CLOCK), (MONOTONIC, space))
+    return word(space, 0) * 1_000_000_000 + word(space, 1)
+
+
+@inner
+def note_time(profile, index, nanoseconds_more):
+    """Add to one of a thread's two times for an operation."""
+    store_i64(profile + WORD * index, word(profile, index) + nanoseconds_more)
+
+
+@inner
 def perform(control, task, scratch):
-    """Task number `task` of the current group."""
+    """Task number `task` of the current group; returns the index of its operation."""
     step, index = word(control, STEP), word(control, GROUP)
     while True:
         tasks = task_count(operation_at(control, index), step)
@@ -135,18 +151,22 @@ def perform(control, task, scratch):
             break
         task -= tasks
         index = last_of_chain(control, index) + 1
+    first = index
     while True:
         operation = operation_at(control, index)
         call_kernel(word(operation, KERNEL), (operation, step, task, scratch))
         if word(operation, THEN) != CHAIN:
-            break
+            return first
         index += 1
 
 
 @inner
-def work(control, scratch):
-    """Take tasks until the program ends."""
+def work(control, scratch, profile, space):
+    """Take tasks until the program ends; note where the time goes unless `profile` is 0."""
     spins = 0
+    before, begun = 0, 0
+    if profile != 0:
+        before = nanoseconds(control, space)
     while True:
         ticket = atomic_load(control + WORD * TICKET)
         turn, task = ticket >> TURN, ticket & TASK
@@ -162,7 +182,13 @@ def work(control, scratch):
                 call_nap(word(control, NAP), (NAP_LENGTH,))
         elif atomic_exchange(control + WORD * TICKET, ticket, ticket + 1):
             spins = 0
-            perform(control, task, scratch)
+            if profile != 0:
+                begun = nanoseconds(control, space)
+            index = perform(control, task, scratch)
+            if profile != 0:
+                note_time(profile, 2 * index + 1, begun - before)
+                before = nanoseconds(control, space)
+                note_time(profile, 2 * index, before - begun)
             if atomic_add(control + WORD * DONE, 1) + 1 == total:
                 go_on(control, turn)
 
@@ -180,23 +206,26 @@ def serve(control, thread):
         if word(control, OPERATIONS) == 0:
             return
         step = word(control, STEP)
-        work(control, word(step, SCRATCH) + thread * word(step, SCRATCH_BYTES))
+        profile = word(control, PROFILE)
+        if profile != 0:
+            profile += thread * 2 * WORD * word(control, OPERATIONS)
+        scratch = word(step, SCRATCH) + thread * word(step, SCRATCH_BYTES)
+        work(control, scratch, profile, control + WORD * (SPACE + 2 * thread))
         # all have left the program before anyone reports: the next job may follow at once
         if atomic_add(control + WORD * LEFT, 1) + 1 == word(control, MEMBERS):
             atomic_store(control + WORD * LEFT, 0)
             call_pipe(word(control, WRITE), (word(control, DONE_PIPE), byte, 1))
 
 
-def _c_functions() -> tuple[int, int, int]:
-    """Addresses of the platform's read, write and sleep."""
+def _c_functions() -> list[int]:
+    """Addresses of the platform's read, write, sleep and, where there is one, clock."""
     if sys.platform == "win32":
         runtime, system = ctypes.CDLL("ucrtbase"), ctypes.WinDLL("kernel32")
-        functions = (runtime._read, runtime._write, system.Sleep)
+        functions = [runtime._read, runtime._write, system.Sleep]
     else:
         runtime = ctypes.CDLL(None)
-        functions = (runtime.read, runtime.write, runtime.usleep)
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    return addresses[0] or 0, addresses[1] or 0, addresses[2] or 0
+        functions = [runtime.read, runtime.write, runtime.usleep, runtime.clock_gettime]
+    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
 
 
 class Team:
@@ -216,7 +245,7 @@ class Team:
         self._pipes = (work, self._work, self._done, done)
         functions = _c_functions()
         self._control[[WORK_PIPE, DONE_PIPE, MEMBERS]] = work, done, threads
-        self._control[[READ, WRITE, NAP]] = functions
+        self._control[READ : READ + len(functions)] = functions
         address = self._control.ctypes.data
         self._workers = [
             threading.Thread(target=serve, args=(address, i), daemon=True, name=f"ondevice-{i}")
@@ -225,8 +254,11 @@ class Team:
         for worker in self._workers:
             worker.start()
 
-    def run(self, program: np.ndarray, step: np.ndarray) -> None:
+    def run(self, program: np.ndarray, step: np.ndarray, profile: np.ndarray | None = None) -> None:
         """Run a program (operations, OPERATION_WORDS) int64 on a step record, to its end.
+
+        With `profile` (threads, operations, 2) int64, each thread adds the nanoseconds that it
+        worked on each operation, and that it waited before, those of a chain to the first of it.
 
         The step's ABORT word, set by anyone meanwhile, ends it after this group; what the
         program was changing is then undefined. An exception while waiting (Ctrl-C) stops a
@@ -237,6 +269,7 @@ class Team:
         control = self._control
         control[PROGRAM], control[OPERATIONS] = program.ctypes.data, len(program)
         control[STEP] = step.ctypes.data
+        control[PROFILE] = 0 if profile is None else profile.ctypes.data
         open_group(control.ctypes.data, 0, 0)
         os.write(self._work, bytes(self.threads))
         try:
