@@ -47,7 +47,7 @@ def options(*decorators: Callable[[Function], Function]) -> Callable[[Function],
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 threads_option = click.option(
-    "-t", "--threads", type=click.IntRange(1, 1024), help="Threads [default: one per core]."
+    "-t", "--threads", type=click.IntRange(min=1), help="Threads [default: one per core]."
 )
 memory_option = click.option(
     "--memory",

@@ -7,7 +7,7 @@
         for piece in session.send("Hello"):
             print(piece, end="")
 
-Errors that a user can cause are the classes at the end of this list; all are OndeviceError.
+Expected failures are subclasses of `Error`, with a message of one line.
 """
 
 from pathlib import Path

@@ -36,6 +36,11 @@ def with_options(sampling: Sampling, options: dict[str, Any]) -> Sampling:
     return dataclasses.replace(sampling, **given)
 
 
+def _rate(count: int, seconds: float) -> float:
+    """Per second; 0 where nothing was timed."""
+    return count / seconds if seconds > 0 else 0.0
+
+
 class Completion:
     """An iterator over pieces of text; what it came to is known once it is exhausted.
 
@@ -83,12 +88,15 @@ class Completion:
         self.ended_with: int | None = None
         self.prompt_seconds = 0.0
         self.decode_seconds = 0.0
-        self._pieces = self._stream()
+        self._runs = self._bursts()
+        self._pieces: Generator[str] | None = None  # made when wanted: it refers to this object
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
+        if self._pieces is None:
+            self._pieces = self._stream()
         return next(self._pieces)
 
     def cancel(self) -> None:
@@ -99,13 +107,15 @@ class Completion:
 
     def close(self) -> None:
         """End here, as if cancelled; the tokens so far stand."""
-        self._pieces.close()
+        if self._pieces is not None:
+            self._pieces.close()
+        self._runs.close()
         if self.finish_reason is None:
             self.finish_reason = "cancel"
 
     def ids(self) -> Iterator[int]:
         """The tokens of the answer as they come, instead of its text."""
-        for burst in self._bursts():
+        for burst in self._runs:
             yield from burst
 
     @property
@@ -115,14 +125,14 @@ class Completion:
         return {
             "load_seconds": self._model.load_seconds,
             "prompt_seconds": self.prompt_seconds,
-            "prompt_tokens_per_second": self.prefilled_tokens / max(self.prompt_seconds, 1e-9),
+            "prompt_tokens_per_second": _rate(self.prefilled_tokens, self.prompt_seconds),
             "decode_seconds": self.decode_seconds,
-            "decode_tokens_per_second": max(decoded - 1, 0) / max(self.decode_seconds, 1e-9),
+            "decode_tokens_per_second": _rate(decoded - 1, self.decode_seconds),
         }
 
     def _stream(self) -> Generator[str]:
         stream = TextStream(self._model.tokenizer)
-        for burst in self._bursts():
+        for burst in self._runs:
             piece = "".join(stream.feed(token) for token in burst)
             if piece:
                 self.text += piece
@@ -131,7 +141,7 @@ class Completion:
             self.text += rest
             yield rest
 
-    def _bursts(self) -> Iterator[list[int]]:
+    def _bursts(self) -> Generator[list[int]]:
         """Runs the model; yields the tokens of each burst."""
         started = time.perf_counter()
         if not self._prefill():

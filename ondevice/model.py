@@ -23,7 +23,7 @@ from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import expand, layout, sample
 from ondevice.kernels.formats import READERS
-from ondevice.kernels.team import Team
+from ondevice.kernels.team import MOST_THREADS, Team
 from ondevice.layers.attention import attention, rotations
 from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
@@ -70,10 +70,10 @@ class Model:
             _check_vocabulary(path, self.tokenizer, self.config)
             source = self._file.metadata.get("tokenizer.chat_template")
             self.template = Template(source, self.tokenizer, path)
-            self.sampling = Sampling.from_metadata(self._file.metadata)
+            self.sampling = _recommended(path, self._file.metadata)
             _check_memory(memory, self._file.nbytes, self.config, self.context)
             compiling = time.perf_counter()
-            self._build(weights, threads or default_threads())
+            self._build(weights, _threads(threads))
             self.compile_seconds = time.perf_counter() - compiling
         except BaseException:
             self._file.close()
@@ -115,7 +115,7 @@ class Model:
         self._head = head.take()
         head.add(sample.sample)
         self._decode = self._prefill + self._head + head.take()
-        self._programs = (program, head)
+        self._programs: tuple[Program, ...] = (program, head)
         self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
         self._team = Team(threads)
@@ -187,21 +187,22 @@ class Model:
 
     def checked(self, tokens: Sequence[int]) -> Array:
         """(n,) int32; UsageError for an id that the vocabulary does not have."""
-        ids = np.asarray(tokens, np.int64).reshape(-1)
-        wrong = ids[(ids < 0) | (ids >= self.config.vocabulary)]
-        if len(wrong):
-            raise UsageError(
-                f"token {wrong[0]} does not exist; {self.path} has 0 to "
-                f"{self.config.vocabulary - 1}"
-            )
-        return ids.astype(np.int32)
+        vocabulary = self.config.vocabulary
+        ids = np.asarray(tokens).reshape(-1)
+        if not len(ids):
+            return np.zeros(0, np.int32)
+        if ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < vocabulary:
+            return ids.astype(np.int32)
+        numbers = set(range(vocabulary))
+        wrong = next(token for token in tokens if isinstance(token, float) or token not in numbers)
+        raise UsageError(f"token {wrong!r} does not exist; {self.path} has 0 to {vocabulary - 1}")
 
     def logits(self, tokens: Sequence[int], batch: int = BATCH) -> Array:
         """(len(tokens), vocabulary) f32: row i predicts token i + 1, given tokens 0 .. i.
 
         The result does not depend on `batch`, the tokens of a prefill batch (1 to 512).
         """
-        if not 1 <= batch <= BATCH:
+        if not isinstance(batch, int) or not 1 <= batch <= BATCH:
             raise UsageError(f"batch is {batch}; it must be from 1 to {BATCH}")
         ids = self.checked(tokens)
         self.check_room(len(ids))
@@ -277,6 +278,7 @@ class Model:
             if not self._closed:
                 self._closed = True
                 self._team.close()
+                self._programs = ()  # they hold on to the file's memory
                 self._file.close()
 
     def __enter__(self) -> "Model":
@@ -286,11 +288,25 @@ class Model:
         self.close()
 
 
-def default_threads() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads(wanted: int | None) -> int:
+    """As asked for; by default as many as there are cores for this process."""
+    if wanted is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return min(cores, MOST_THREADS)
+    if not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
+        raise UsageError(
+            f"threads is {wanted!r}; it must be a whole number from 1 to {MOST_THREADS}"
+        )
+    return wanted
+
+
+def _recommended(path: Path, metadata: dict[str, Any]) -> Sampling:
+    """The file's sampling defaults; Error if they are out of range."""
+    try:
+        return Sampling.from_metadata(metadata)
+    except UsageError as error:
+        raise Error(f"{path}: general.sampling: {error}") from None
 
 
 def _context(wanted: int | None, config: Config) -> int:
@@ -304,6 +320,8 @@ def _context(wanted: int | None, config: Config) -> int:
 
 
 def _check_memory(memory: int | None, file: int, config: Config, context: int) -> None:
+    if memory is not None and not isinstance(memory, int):
+        raise UsageError(f"memory is {memory!r}; it must be a whole number of bytes")
     needed = file + state_bytes(config) + cache_bytes(config, context)
     if memory is not None and memory < needed:
         raise ResourceError(

@@ -55,7 +55,8 @@ class Sampling:
             value = metadata.get(f"general.sampling.{key}")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 exact = round(float(value), 6)  # the file holds float32
-                known[name] = int(value) if name == "top_k" else exact
+                whole = name == "top_k" and exact.is_integer()
+                known[name] = int(exact) if whole else exact
         return cls(**known)
 
     def record(self, logits: int, vocabulary: int, ends: Array, space: Array) -> Array:

@@ -53,11 +53,13 @@ def record_bytes(kind: int, columns: int) -> int:
 
 @inner
 def quantize_group(x, size, codes):
-    """Codes of `size` (a multiple of 16) floats; returns the scale."""
-    greatest = zero(f32x16)
+    """Codes of `size` (a multiple of 16) floats; returns the scale, NaN if not all are finite."""
+    greatest, spoilt = zero(f32x16), zero(f32x16)
     for i in range(0, size, 16):
-        greatest = maximum(greatest, absolute(load(f32x16, x + 4 * i)))
-    top = lane_maximum(greatest)
+        value = load(f32x16, x + 4 * i)
+        greatest = maximum(greatest, absolute(value))
+        spoilt = fma(value, np.float32(0), spoilt)  # not 0 where a value is not finite
+    top = lane_maximum(greatest) + lane_sum(spoilt)
     inverse = np.float32(0)
     if top > np.float32(0):
         inverse = np.float32(127) / top
@@ -111,8 +113,11 @@ def quantize_row(x, columns, per_256, per_32):
 
 @inner
 def exponential(x):
-    """exp of an f32x16, to about one unit in the last place; saturates outside -87 .. 88."""
-    x = minimum(maximum(x, splat(f32x16, np.float32(-87.0))), splat(f32x16, np.float32(88.0)))
+    """exp of an f32x16, to about one unit in the last place; saturates outside -87 .. 88.
+
+    NaN stays NaN.
+    """
+    x = minimum(splat(f32x16, np.float32(88.0)), maximum(splat(f32x16, np.float32(-87.0)), x))
     n = nearest(x * np.float32(1.44269504))
     # ln 2 in two parts: n times the first is exact
     r = fma(n, np.float32(-0.693145751953125), x)

@@ -52,7 +52,10 @@ def route(op, step, t, scratch):
     lowest = np.float32(-np.inf)
     row = logits + t * logits_bytes
     numbers, shares = chosen + 4 * k * t, weights + 4 * k * t
-    total, top = np.float32(0), np.float32(0)
+    spoilt = np.float32(0)  # not 0 where a logit is not finite
+    for expert in range(experts):
+        spoilt = fma(load_f32(row + 4 * expert), np.float32(0), spoilt)
+    total, top = spoilt, np.float32(0)
     for choice in range(k):
         best, best_logit = 0, lowest
         for expert in range(experts):

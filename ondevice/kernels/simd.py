@@ -26,10 +26,10 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
+_CODEGEN = cpu_target.target_context.codegen()
+X86 = _CODEGEN._llvm_module.triple.startswith(("x86_64", "i686"))
 FEATURES = frozenset(
-    feature[1:]
-    for feature in cpu_target.target_context.codegen()._tm_features.split(",")
-    if feature.startswith("+")
+    feature[1:] for feature in _CODEGEN._tm_features.split(",") if feature.startswith("+")
 )
 """What the compile target can do, in LLVM's names; honours NUMBA_CPU_FEATURES."""
 
@@ -129,6 +129,62 @@ def vec_of(kind: types.Type) -> Vec:
     if isinstance(kind, types.TypeRef) and isinstance(kind.instance_type, Vec):
         return kind.instance_type
     raise errors.TypingError(f"a vector type is needed, not {kind}")
+
+
+# ---- half floats ----
+
+_HAS_HALVES = not X86 or "f16c" in FEATURES
+"""Whether the machine converts halves; LLVM would call a function that Numba has not otherwise."""
+
+
+def _like(kind: ir.Type, element: ir.Type) -> ir.Type:
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _filled(kind: ir.Type, value: Any) -> ir.Constant:
+    if isinstance(kind, ir.VectorType):
+        return constant(kind, [constant(kind.element, value)] * kind.count)
+    return constant(kind, value)
+
+
+def half_to_float(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """float32 of the half (or vector of halves) whose bits are given as int16."""
+    single = _like(bits.type, F32)
+    if _HAS_HALVES:
+        return builder.fpext(builder.bitcast(bits, _like(bits.type, F16)), single)
+    words = _like(bits.type, I32)
+    wide = builder.zext(bits, words)
+    magnitude = builder.shl(builder.and_(wide, _filled(words, 0x7FFF)), _filled(words, 13))
+    # the exponent is biased by 112 less; a product with a power of two also mends subnormals
+    scaled = builder.fmul(builder.bitcast(magnitude, single), _filled(single, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, _filled(words, 0x7C00 << 13))
+    infinite = builder.or_(magnitude, _filled(words, 0x7F800000))
+    result = builder.select(special, infinite, builder.bitcast(scaled, words))
+    sign = builder.shl(builder.and_(wide, _filled(words, 0x8000)), _filled(words, 16))
+    return builder.bitcast(builder.or_(result, sign), single)
+
+
+def float_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bits, as int16, of the nearest half, to even, of a float32 or a vector of them."""
+    short, words = _like(value.type, I16), _like(value.type, I32)
+    if _HAS_HALVES:
+        return builder.bitcast(builder.fptrunc(value, _like(value.type, F16)), short)
+    bits = builder.bitcast(value, words)
+    magnitude = builder.and_(bits, _filled(words, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _filled(words, 13)), _filled(words, 1))
+    biased = builder.sub(magnitude, _filled(words, (112 << 23) - 0xFFF))
+    normal = builder.lshr(builder.add(biased, odd), _filled(words, 13))
+    # adding 0.5 leaves a subnormal half's bits at the low end, rounded
+    moved = builder.fadd(builder.bitcast(magnitude, value.type), _filled(value.type, 0.5))
+    subnormal = builder.sub(builder.bitcast(moved, words), _filled(words, 0x3F000000))
+    is_nan = builder.icmp_unsigned(">", magnitude, _filled(words, 0x7F800000))
+    large = builder.select(is_nan, _filled(words, 0x7E00), _filled(words, 0x7C00))
+    small = builder.icmp_unsigned("<", magnitude, _filled(words, 113 << 23))
+    result = builder.select(small, subnormal, normal)
+    too_large = builder.icmp_unsigned(">=", magnitude, _filled(words, 0x47800000))
+    result = builder.select(too_large, large, result)
+    sign = builder.and_(builder.lshr(bits, _filled(words, 16)), _filled(words, 0x8000))
+    return builder.trunc(builder.or_(result, sign), short)
 
 
 # ---- operators ----
@@ -283,7 +339,7 @@ load_u8 = _scalar_load(types.int64, lambda b, p: b.zext(load_from(b, p, I8), I64
 load_i8 = _scalar_load(types.int64, lambda b, p: b.sext(load_from(b, p, I8), I64))
 load_f32 = _scalar_load(types.float32, lambda b, p: load_from(b, p, F32))
 load_f64 = _scalar_load(types.float64, lambda b, p: load_from(b, p, ir.DoubleType()))
-load_f16 = _scalar_load(types.float32, lambda b, p: b.fpext(load_from(b, p, F16), F32))
+load_f16 = _scalar_load(types.float32, lambda b, p: half_to_float(b, load_from(b, p, I16)))
 load_bf16 = _scalar_load(
     types.float32,
     lambda b, p: b.bitcast(b.shl(b.zext(load_from(b, p, I16), I32), constant(I32, 16)), F32),
@@ -313,8 +369,7 @@ def load_halves(typing: Any, address: Any) -> Any:
     """16 IEEE halves at address as an f32x16."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        halves = load_from(builder, args[0], ir.VectorType(F16, 16))
-        return builder.fpext(halves, llvm_type(f32x16))
+        return half_to_float(builder, load_from(builder, args[0], ir.VectorType(I16, 16)))
 
     return f32x16(types.intp), lower
 
@@ -324,7 +379,7 @@ def store_halves(typing: Any, address: Any, value: Any) -> Any:
     """Round an f32x16 to 16 IEEE halves."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        store_to(builder, args[0], builder.fptrunc(args[1], ir.VectorType(F16, 16)))
+        store_to(builder, args[0], float_to_half(builder, args[1]))
         return context.get_dummy_value()
 
     return types.none(types.intp, f32x16), lower
@@ -540,19 +595,20 @@ absolute = _unary("fabs")
 nearest = _unary("roundeven")
 
 
-def _pairwise(name: str) -> Any:
+def _choice(comparison: str) -> Any:
     @intrinsic
-    def pairwise(typing: Any, a: Any, b: Any) -> Any:
+    def choose(typing: Any, a: Any, b: Any) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            return call(builder, f"llvm.{name}.v{a.lanes}f32", llvm_type(a), list(args))
+            return builder.select(builder.fcmp_ordered(comparison, *args), *args)
 
         return a(a, a), lower
 
-    return pairwise
+    return choose
 
 
-maximum = _pairwise("maxnum")
-minimum = _pairwise("minnum")
+# where a lane of b is NaN, so is the result; a NaN in a does not count
+maximum = _choice(">")
+minimum = _choice("<")
 
 
 def _fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[Any, Any], Any]) -> ir.Value:
@@ -816,7 +872,7 @@ def pause(typing: Any) -> Any:
     """Tell the core that this is a spin loop; nothing on other machines than x86."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if "sse2" in FEATURES:
+        if X86:
             call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
         return context.get_dummy_value()
 

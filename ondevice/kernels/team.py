@@ -15,6 +15,7 @@ sleeps in short naps, which leaves its core to a worker that has one where yield
 whatever else is there.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -56,9 +57,10 @@ from quant.jit import inner, kernel
 
 CONTROL_WORDS = 256
 TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
+FINISHED = LEFT + 1  # number of the last job that all workers have left
 NEXT, TOTALS = GROUP + 1, GROUP + 2  # totals: of even turns, of odd ones
-PROGRAM, OPERATIONS, STEP, MEMBERS, PROFILE = range(49, 54)
-WORK_PIPE, DONE_PIPE, READ, WRITE, NAP, CLOCK = range(54, 60)
+JOB, PROGRAM, OPERATIONS, STEP, MEMBERS, PROFILE = range(50, 56)
+WORK_INPUT, WORK_OUTPUT, DONE_INPUT, READ, WRITE, NAP, CLOCK = range(56, 63)
 BYTES = 64  # what goes through the pipes, one word per thread from here on
 TURN, TASK = 32, (1 << 32) - 1  # a ticket is turn << 32 | task
 ENDED = 1 << 30  # the turn after the last
@@ -99,7 +101,7 @@ def last_of_chain(control, index):
     return index
 
 
-@kernel("void(int64, int64, int64)")
+@inner
 def open_group(control, first, turn):
     """Offer the tasks of the group that begins with operation `first`."""
     step, total, index = word(control, STEP), 0, first
@@ -193,6 +195,18 @@ def work(control, scratch, profile, space):
                 go_on(control, turn)
 
 
+@kernel("void(int64)")
+def begin(control):
+    """Start a job. One call, so that an interrupt finds it started or not: JOB tells which."""
+    if word(control, OPERATIONS) != 0:
+        open_group(control, 0, 0)
+    store_i64(control + WORD * JOB, word(control, JOB) + 1)
+    bytes_to_workers = control + WORD * BYTES
+    call_pipe(
+        word(control, WRITE), (word(control, WORK_INPUT), bytes_to_workers, word(control, MEMBERS))
+    )
+
+
 @kernel("void(int64, int64)")
 def serve(control, thread):
     """A worker's life: wait for a byte, run the job; the last to leave reports.
@@ -201,7 +215,7 @@ def serve(control, thread):
     """
     byte = control + WORD * (BYTES + thread)
     while True:
-        while call_pipe(word(control, READ), (word(control, WORK_PIPE), byte, 1)) < 0:
+        while call_pipe(word(control, READ), (word(control, WORK_OUTPUT), byte, 1)) < 0:
             pass  # interrupted by a signal
         if word(control, OPERATIONS) == 0:
             return
@@ -214,7 +228,8 @@ def serve(control, thread):
         # all have left the program before anyone reports: the next job may follow at once
         if atomic_add(control + WORD * LEFT, 1) + 1 == word(control, MEMBERS):
             atomic_store(control + WORD * LEFT, 0)
-            call_pipe(word(control, WRITE), (word(control, DONE_PIPE), byte, 1))
+            atomic_store(control + WORD * FINISHED, word(control, JOB))
+            call_pipe(word(control, WRITE), (word(control, DONE_INPUT), byte, 1))
 
 
 def _c_functions() -> list[int]:
@@ -240,11 +255,11 @@ class Team:
         skip = (-storage.ctypes.data % 128) // WORD
         self._storage = storage
         self._control = storage[skip : skip + CONTROL_WORDS]
-        work, self._work = os.pipe()
-        self._done, done = os.pipe()
-        self._pipes = (work, self._work, self._done, done)
+        self._pipes = (*os.pipe(), *os.pipe())
+        self._control[[WORK_OUTPUT, WORK_INPUT]] = self._pipes[:2]
+        self._done, self._control[DONE_INPUT] = self._pipes[2:]
+        self._control[MEMBERS] = threads
         functions = _c_functions()
-        self._control[[WORK_PIPE, DONE_PIPE, MEMBERS]] = work, done, threads
         self._control[READ : READ + len(functions)] = functions
         address = self._control.ctypes.data
         self._workers = [
@@ -270,29 +285,29 @@ class Team:
         control[PROGRAM], control[OPERATIONS] = program.ctypes.data, len(program)
         control[STEP] = step.ctypes.data
         control[PROFILE] = 0 if profile is None else profile.ctypes.data
-        open_group(control.ctypes.data, 0, 0)
-        os.write(self._work, bytes(self.threads))
+        job = int(control[JOB]) + 1
         try:
-            os.read(self._done, 1)
+            begin(control.ctypes.data)
+            self._wait(job)
         except BaseException:
-            step[CANCEL if step[COUNT] == 1 else ABORT] = 1
-            self._wait()
+            while control[JOB] == job:
+                step[CANCEL if step[COUNT] == 1 else ABORT] = 1
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._wait(job)
+                    break
             raise
 
-    def _wait(self) -> None:
-        while True:
-            try:
-                os.read(self._done, 1)
-                return
-            except KeyboardInterrupt:
-                continue
+    def _wait(self, job: int) -> None:
+        """Until every worker has left; a byte in the pipe only says that it is time to look."""
+        while self._control[FINISHED] != job:
+            os.read(self._done, MOST_THREADS)
 
     def close(self) -> None:
         """End the workers; the team is of no further use."""
         if not self._workers or os.getpid() != self._process:
             return
         self._control[OPERATIONS] = 0
-        os.write(self._work, bytes(self.threads))
+        begin(self._control.ctypes.data)
         for worker in self._workers:
             worker.join()
         self._workers = []

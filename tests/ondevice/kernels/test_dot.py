@@ -1,0 +1,134 @@
+"""Products of every format against gguf's weights times the activations that a record means."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ondevice.kernels.dot import blocks, floats, k_quants, tile
+from ondevice.kernels.formats import READERS
+from quant.registry import FORMATS
+from tests.ondevice.kernels.harness import (
+    MACHINES,
+    PRODUCT_ERROR,
+    Rows,
+    bits,
+    compiled_for,
+    gaussian_blocks,
+    multiply,
+    product_error,
+    random_blocks,
+    random_records,
+    run_python,
+)
+
+EACH = pytest.mark.parametrize("name", READERS)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17, 64)
+ROWS = (1, tile.ROWS - 1, tile.ROWS, 2 * tile.ROWS + 3)
+SEED = 4
+
+
+def column_counts(name: str) -> list[int]:
+    length = FORMATS[name].length
+    return [1, 5, 15, 16, 33, 100] if length == 1 else [length, 2 * length, 5 * length]
+
+
+@EACH
+@pytest.mark.parametrize("source", ["encoded", "random", "extreme"])
+def test_products_differ_by_rounding_only(name: str, source: str) -> None:
+    random = np.random.default_rng(SEED)
+    extreme = source == "extreme"
+    for columns in column_counts(name):
+        for rows in ROWS:
+            if source == "encoded":
+                raw = gaussian_blocks(name, rows, columns, random)
+            else:
+                raw = random_blocks(name, rows, columns, random, extreme)
+            records = random_records(READERS[name].activation, 64, columns, random, extreme)
+            for tokens in TOKENS:
+                product = multiply(name, raw, columns, records[:tokens])
+                error = product_error(name, raw, records[:tokens], product)
+                assert error <= PRODUCT_ERROR, f"{rows} x {columns}, {tokens} tokens: {error:.1e}"
+
+
+@EACH
+def test_bits_depend_on_neither_batch_nor_pieces(name: str) -> None:
+    random = np.random.default_rng(SEED)
+    for columns in column_counts(name):
+        raw = random_blocks(name, 19, columns, random)
+        records = random_records(READERS[name].activation, 64, columns, random)
+        whole = multiply(name, raw, columns, records)
+        for tokens in TOKENS:
+            assert bits(multiply(name, raw, columns, records[:tokens])) == bits(whole[:tokens])
+        for token in range(17):
+            alone = multiply(name, raw, columns, records[token : token + 1])
+            assert bits(alone[0]) == bits(whole[token])
+        for tokens in (1, 6):
+            pieces = [
+                multiply(name, raw[start:end], columns, records[:tokens])
+                for start, end in ((0, 1), (1, 4), (4, 12), (12, 19))
+            ]
+            assert bits(np.concatenate(pieces, axis=1)) == bits(whole[:tokens])
+
+
+@EACH
+def test_indices_choose_the_tokens_and_the_places(name: str) -> None:
+    random = np.random.default_rng(SEED)
+    columns = column_counts(name)[-1]
+    raw = random_blocks(name, 11, columns, random)
+    records = random_records(READERS[name].activation, 20, columns, random)
+    whole = multiply(name, raw, columns, records)
+    for tokens in TOKENS[:-1]:
+        source = random.integers(0, len(records), tokens).astype(np.int32)
+        target = random.permutation(30)[:tokens].astype(np.int32)
+        assert bits(multiply(name, raw, columns, records, source)) == bits(whole[source])
+        out = Rows(30, len(raw))
+        multiply(name, raw, columns, records, source, target, out)
+        assert bits(out.values[target]) == bits(whole[source])
+        others = np.setdiff1d(np.arange(30), target)
+        assert np.isnan(out.values[others]).all(), "a row that nobody asked for was written"
+
+
+@EACH
+def test_rows_may_lie_apart(name: str) -> None:
+    """A row of weights may be followed by others' bytes, as in a fused tensor."""
+    random = np.random.default_rng(SEED)
+    columns = column_counts(name)[0]
+    raw = random_blocks(name, 9, columns, random)
+    apart = Rows.of(raw)
+    records = random_records(READERS[name].activation, 5, columns, random)
+    assert bits(multiply(name, apart.values, columns, records)) == bits(
+        multiply(name, raw, columns, records)
+    )
+
+
+def test_scratch_holds_the_panels_of_a_group_of_rows() -> None:
+    assert k_quants.scratch_bytes(512) == tile.ROWS * 2 * 576
+    assert blocks.scratch_bytes(96) == tile.ROWS * 3 * 64
+    assert READERS["F16"].multiply is floats.multiply_f16
+    assert READERS["F16"].scratch_bytes(1000) == 0
+
+
+def check_in_process(names: list[str], environment: dict[str, str]) -> str:
+    """`check_products` in a process of its own; returns the features it was compiled for."""
+    code = (
+        "from ondevice.kernels.simd import FEATURES; from tests.ondevice.kernels import harness; "
+        f"harness.check_products({names}); print(*sorted(FEATURES))"
+    )
+    return run_python(["-c", code], environment)
+
+
+NEEDS_MPROTECT = pytest.mark.skipif(sys.platform == "win32", reason="there is no mprotect")
+
+
+@NEEDS_MPROTECT
+def test_nothing_beyond_the_inputs_is_read() -> None:
+    check_in_process(list(READERS), {})
+
+
+@NEEDS_MPROTECT
+@pytest.mark.parametrize("cpu", MACHINES)
+def test_products_on_lesser_machines(cpu: str, tmp_path: Path) -> None:
+    found = check_in_process(["Q4_K", "Q6_K", "Q8_0", "Q4_0"], compiled_for(cpu, tmp_path))
+    assert found.split() == sorted(MACHINES[cpu].split())

@@ -1,0 +1,83 @@
+"""The memory of a program: cache lines of its own, shared where a name is asked for again."""
+
+import weakref
+
+import numpy as np
+import pytest
+
+from ondevice.kernels import layout
+from ondevice.program import LINE, Program, float_bits, zeros
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 64, 1000])
+def test_memory_begins_on_a_cache_line(nbytes: int) -> None:
+    memory = zeros(nbytes)
+    assert memory.ctypes.data % LINE == 0
+    assert memory.nbytes >= nbytes + LINE
+    assert not memory.any()
+
+
+def test_a_name_is_one_buffer() -> None:
+    program = Program(capacity=3, threads=1)
+    buffer = program.buffer("x", 100)
+    assert buffer.row_bytes == 128
+    assert buffer.memory.nbytes >= 3 * 128
+    assert buffer.address % LINE == 0
+    assert program.buffer("x", 100) is buffer
+    held = program.nbytes
+    other = program.buffer("y", 100, rows_per_token=2)
+    assert other.memory.nbytes >= 6 * 128
+    assert program.nbytes == held + other.memory.nbytes
+
+
+def test_a_name_cannot_mean_two_sizes() -> None:
+    program = Program(capacity=3, threads=1)
+    program.buffer("x", 100)
+    with pytest.raises(AssertionError, match="x"):
+        program.buffer("x", 200)
+    with pytest.raises(AssertionError, match="x"):
+        program.buffer("x", 100, rows_per_token=2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize(("rows", "matrices"), [(1, 1), (64, 1), (2048, 1), (512, 10), (10**6, 1)])
+def test_tasks_are_whole_groups_of_rows(rows: int, matrices: int, threads: int) -> None:
+    task = Program(1, threads).rows_per_task(rows, matrices)
+    assert 8 <= task <= 64
+    assert task % 8 == 0
+
+
+def test_floats_travel_as_bits() -> None:
+    for value in (1e-6, 0.0, -1.5):
+        assert np.int32(float_bits(value)).view(np.float32) == np.float32(value)
+
+
+def test_operations_are_taken_once() -> None:
+    class Kernel:
+        address = 4096
+
+    program = Program(1, 1)
+    program.add(Kernel(), 7, 8, label="first")  # type: ignore[arg-type]
+    program.add(  # type: ignore[call-overload]
+        Kernel(), 9, tasks=3, per_token=True, times=64, then=layout.CHAIN, label="second"
+    )
+    operations = program.take()
+    assert operations.records[:, :8].tolist() == [
+        [4096, 1, 0, 0, layout.BARRIER, 7, 8, 0],
+        [4096, 3, 1, 64, layout.CHAIN, 9, 0, 0],
+    ]
+    assert operations.labels == ("first", "second")
+    assert len(program.take().records) == 0
+    with pytest.raises(AssertionError):
+        program.add(Kernel(), *range(30))  # type: ignore[arg-type]
+
+
+def test_memory_lives_as_long_as_the_program() -> None:
+    array = np.arange(5)
+    held = weakref.ref(array)
+    program = Program(1, 1)
+    assert program.keep(array) == array.ctypes.data
+    del array
+    assert held() is not None
+    del program
+    assert held() is None
