@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from click.testing import CliRunner, Result
 import cli
 import ondevice
 from tests.fake_model import FakeModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
