@@ -54,8 +54,8 @@ def run(
         ("depth", depth, 0),
         ("repeat", repeat, 1),
     ):
-        if value < least:
-            raise UsageError(f"{name} is {value}; it must be at least {least}")
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} is {value!r}; it must be a whole number from {least}")
     model.check_room(depth + prompt + generate)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocabulary, depth + prompt).astype(np.int32)
@@ -126,4 +126,4 @@ def _decode(
     token = np.zeros(1, np.int32)
     step[[layout.TOKENS, layout.HISTORY_LENGTH]] = token.ctypes.data, 1
     step[layout.STEPS_LEFT] = count
-    model.decode(state, step)
+    model.decode(state, step, model.threads)

@@ -1,6 +1,6 @@
 """A prompt's continuation: prefill in batches, then the decode loop in bursts.
 
-The decode loop runs natively for several tokens at a time, as many as fit into about 40 ms, so
+The decode loop runs natively for several tokens at a time, as many as fit into about 80 ms, so
 that text still streams smoothly, an answer can be stopped at once, and the interpreter's lock is
 wanted only a few times a second. The last prompt token is taken by the decode loop itself, whose
 first result is the first token of the answer.
@@ -22,8 +22,8 @@ from quant.errors import UsageError
 if TYPE_CHECKING:
     from ondevice.model import Model
 
-BURST_SECONDS = 0.04
-LONGEST_BURST = 128
+BURST_SECONDS = 0.08
+LONGEST_BURST = 256
 
 
 def with_options(sampling: Sampling, options: dict[str, Any]) -> Sampling:
@@ -103,7 +103,7 @@ class Completion:
         """Stop at the next token, from any thread."""
         self._cancelled = True
         self._step[layout.CANCEL] = 1
-        self._step[layout.ABORT] = self._step[layout.COUNT] > 1
+        self._step[layout.ABORT] = 1
 
     def close(self) -> None:
         """End here, as if cancelled; the tokens so far stand."""
@@ -160,7 +160,7 @@ class Completion:
             else:
                 self.decode_seconds += now - burst_started
                 per_token = (now - burst_started) / max(1, len(tokens))
-                burst = min(2 * burst, LONGEST_BURST, max(1, int(BURST_SECONDS / per_token)))
+                burst = min(16 * burst, LONGEST_BURST, max(1, int(BURST_SECONDS / per_token)))
             yield tokens
 
     def _prefill(self) -> bool:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ondevice.kernels.team import MOST_THREADS, Team
 from ondevice.layers.attention import attention, rotations
 from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
+from ondevice.pace import Pace
 from ondevice.program import Operations, Program, zeros
 from ondevice.sampling import Sampling
 from ondevice.state import State, cache_bytes
@@ -67,14 +69,17 @@ class Model:
             weights = Weights(self._file, self.config)
             weights.check()
             self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
-            _check_vocabulary(path, self.tokenizer, self.config)
             source = self._file.metadata.get("tokenizer.chat_template")
             self.template = Template(source, self.tokenizer, path)
             self.sampling = _recommended(path, self._file.metadata)
-            _check_memory(memory, self._file.nbytes, self.config, self.context)
+            threads = _threads(threads)
             compiling = time.perf_counter()
-            self._build(weights, _threads(threads))
+            self._build(weights, threads)
             self.compile_seconds = time.perf_counter() - compiling
+            own = sum(program.nbytes for program in self._programs) + self._scratch.nbytes
+            _check_memory(memory, self._file.nbytes + own, self.config, self.context)
+            self._team = Team(threads)
+            self._pace = Pace(threads)
         except BaseException:
             self._file.close()
             raise
@@ -118,7 +123,6 @@ class Model:
         self._programs: tuple[Program, ...] = (program, head)
         self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
-        self._team = Team(threads)
 
     # ---- the native calls ----
 
@@ -136,12 +140,18 @@ class Model:
         words[layout.SCRATCH_BYTES] = self.scratch_bytes
         return words
 
-    def run(self, program: Operations, step: Array, profile: Array | None = None) -> None:
-        """Run a program, when the calls before it are done."""
+    @contextmanager
+    def _alone(self) -> Iterator[Team]:
+        """The team, when the calls before this one are done."""
         with self._lock:
             if self._closed:
                 raise Error(f"{self.path}: the model is closed")
-            self._team.run(program.records, step, profile)
+            yield self._team
+
+    def run(self, program: Operations, step: Array, profile: Array | None = None) -> None:
+        """Run a program on all threads."""
+        with self._alone() as team:
+            team.run(program.records, step, profile)
 
     def prefill(self, state: State, step: Array, tokens: Array) -> bool:
         """Take at most BATCH tokens (int32) into the state.
@@ -156,19 +166,29 @@ class Model:
         except BaseException:
             state.restore(before)
             raise
-        if step[layout.ABORT]:
+        if step[layout.ABORT] and len(tokens) > 1:
             state.restore(before)
             return False
         state.position += len(tokens)
         return True
 
-    def decode(self, state: State, step: Array) -> None:
-        """Run the decode loop as the step record says, and move the state on."""
+    def decode(self, state: State, step: Array, threads: int | None = None) -> None:
+        """Run the decode loop for at most STEPS_LEFT tokens, and move the state on.
+
+        On as many threads as is best at the moment, unless told.
+        """
         step[[layout.COUNT, layout.POSITION, layout.FIRST]] = 1, state.position, 0
-        try:
-            self.run(self._decode, step)
-        finally:
-            state.position = int(step[layout.POSITION])
+        with self._alone() as team:
+            if threads is None and self._pace.trying:
+                step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
+            started = time.perf_counter()
+            try:
+                team.run(self._decode.records, step, threads=threads or self._pace.choose())
+            finally:
+                tokens = int(step[layout.POSITION]) - state.position
+                state.position += tokens
+                if threads is None:
+                    self._pace.note(tokens, time.perf_counter() - started)
         if step[layout.OUTCOME] == layout.NOT_FINITE:
             raise Error(
                 f"{self.path}: the logits at position {state.position} are not finite; "
@@ -185,17 +205,25 @@ class Model:
         """The text of token ids, without control tokens."""
         return self.tokenizer.decode(self.checked(tokens).tolist())
 
-    def checked(self, tokens: Sequence[int]) -> Array:
+    def checked(self, tokens: Any) -> Array:
         """(n,) int32; UsageError for an id that the vocabulary does not have."""
         vocabulary = self.config.vocabulary
-        ids = np.asarray(tokens).reshape(-1)
-        if not len(ids):
-            return np.zeros(0, np.int32)
-        if ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < vocabulary:
+        sequence = isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)
+        ids = np.array([], int) if sequence and not len(tokens) else np.asarray(tokens)
+        if not (sequence or isinstance(tokens, np.ndarray)) or ids.ndim != 1:
+            raise UsageError(f"tokens are {str(tokens)[:40]!r}; a list of token ids is needed")
+        if ids.dtype.kind in "iu" and ((ids >= 0) & (ids < vocabulary)).all():
             return ids.astype(np.int32)
-        numbers = set(range(vocabulary))
-        wrong = next(token for token in tokens if isinstance(token, float) or token not in numbers)
-        raise UsageError(f"token {wrong!r} does not exist; {self.path} has 0 to {vocabulary - 1}")
+        wrong = [
+            token
+            for token in tokens
+            if not isinstance(token, int | np.integer)
+            or isinstance(token, bool)
+            or not 0 <= token < vocabulary
+        ]
+        raise UsageError(
+            f"token {wrong[0]!r} does not exist; {self.path} has 0 to {vocabulary - 1}"
+        )
 
     def logits(self, tokens: Sequence[int], batch: int = BATCH) -> Array:
         """(len(tokens), vocabulary) f32: row i predicts token i + 1, given tokens 0 .. i.
@@ -213,17 +241,15 @@ class Model:
         row = self._logits.row_bytes // 4
         for start in range(0, len(ids), batch):
             tokens_of_batch = np.ascontiguousarray(ids[start : start + batch])
-            with self._lock:
-                if self._closed:
-                    raise Error(f"{self.path}: the model is closed")
+            with self._alone() as team:
                 count = len(tokens_of_batch)
                 step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, start, 0
                 step[layout.TOKENS] = tokens_of_batch.ctypes.data
-                self._team.run(self._prefill.records, step)
+                team.run(self._prefill.records, step)
                 for first in range(0, count, HEAD_ROWS):
                     rows = min(HEAD_ROWS, count - first)
                     step[[layout.COUNT, layout.FIRST]] = rows, first
-                    self._team.run(self._head.records, step)
+                    team.run(self._head.records, step)
                     values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes]
                     values = values.view(np.float32).reshape(HEAD_ROWS, row)
                     result[start + first : start + first + rows] = values[:rows, :vocabulary]
@@ -319,20 +345,12 @@ def _context(wanted: int | None, config: Config) -> int:
     return wanted
 
 
-def _check_memory(memory: int | None, file: int, config: Config, context: int) -> None:
+def _check_memory(memory: int | None, fixed: int, config: Config, context: int) -> None:
     if memory is not None and not isinstance(memory, int):
         raise UsageError(f"memory is {memory!r}; it must be a whole number of bytes")
-    needed = file + state_bytes(config) + cache_bytes(config, context)
+    needed = fixed + state_bytes(config) + cache_bytes(config, context)
     if memory is not None and memory < needed:
         raise ResourceError(
             f"a memory budget of {memory:,} bytes is below the {needed:,} that this model takes "
             f"with a context of {context}"
-        )
-
-
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, config: Config) -> None:
-    if tokenizer.vocabulary > config.vocabulary:
-        raise Error(
-            f"{path}: the tokenizer has {tokenizer.vocabulary} tokens and the embedding only "
-            f"{config.vocabulary} rows"
         )

@@ -68,9 +68,13 @@ class Session:
         self._settle()
         if not self._messages or self.last is None:
             raise UsageError("there is no answer to make again")
+        self._messages.pop()
+        rendered = self.model.template.encode([*self._system_message(), *self._messages])
+        if rendered != self._rendered:  # the system message is another one
+            self.last = None
+            return self._answer(self._messages)
         if self._start is not None:
             self._state.restore(self._start)
-        self._messages.pop()
         self.last = self._completion(self._taken)
         return self.last
 
@@ -88,9 +92,11 @@ class Session:
         self._rendered, self._taken = [], []
         self._state.reset()
 
+    def _system_message(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self._system}] if self._system else []
+
     def _answer(self, messages: list[dict[str, str]]) -> Completion:
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        rendered = self.model.template.encode([*system, *messages])
+        rendered = self.model.template.encode([*self._system_message(), *messages])
         new = self._after_last_answer(rendered)
         if new is None:
             taken = rendered

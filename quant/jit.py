@@ -72,5 +72,8 @@ OPTIONS: dict[str, Any] = {
 
 kernel: Any = functools.partial(numba.njit, **OPTIONS)
 
+short_kernel: Any = functools.partial(numba.njit, **{**OPTIONS, "nogil": False})
+"""For calls that take less time than giving up the interpreter's lock."""
+
 inner: Any = functools.partial(numba.njit, **{**OPTIONS, "cache": False})
 """For functions only ever called from a kernel: compiled into their callers."""

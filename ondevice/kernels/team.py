@@ -20,6 +20,7 @@ import ctypes
 import os
 import sys
 import threading
+import weakref
 
 import numpy as np
 from numba.core import types
@@ -53,7 +54,7 @@ from ondevice.kernels.simd import (
     store_i64,
 )
 from quant.errors import Error, ResourceError
-from quant.jit import inner, kernel
+from quant.jit import inner, kernel, short_kernel
 
 CONTROL_WORDS = 256
 TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
@@ -122,7 +123,7 @@ def open_group(control, first, turn):
 def go_on(control, turn):
     """The group is done: open the next one, the first again, or none."""
     step, following = word(control, STEP), word(control, NEXT)
-    aborted = atomic_load(step + WORD * ABORT) != 0
+    aborted = atomic_load(step + WORD * ABORT) != 0 and word(step, COUNT) > 1
     last = following == word(control, OPERATIONS)
     if aborted or (last and word(step, REPEAT) == 0):
         atomic_store(control + WORD * TICKET, ENDED << TURN)
@@ -195,9 +196,12 @@ def work(control, scratch, profile, space):
                 go_on(control, turn)
 
 
-@kernel("void(int64)")
+@short_kernel("void(int64)")
 def begin(control):
-    """Start a job. One call, so that an interrupt finds it started or not: JOB tells which."""
+    """Start a job. One call, so that an interrupt finds it started or not: JOB tells which.
+
+    It keeps the interpreter's lock, which another thread might not give back for 5 ms.
+    """
     if word(control, OPERATIONS) != 0:
         open_group(control, 0, 0)
     store_i64(control + WORD * JOB, word(control, JOB) + 1)
@@ -253,29 +257,43 @@ class Team:
         self._process = os.getpid()
         storage = np.zeros(CONTROL_WORDS + 16, np.int64)
         skip = (-storage.ctypes.data % 128) // WORD
-        self._storage = storage
         self._control = storage[skip : skip + CONTROL_WORDS]
-        self._pipes = (*os.pipe(), *os.pipe())
-        self._control[[WORK_OUTPUT, WORK_INPUT]] = self._pipes[:2]
-        self._done, self._control[DONE_INPUT] = self._pipes[2:]
-        self._control[MEMBERS] = threads
         functions = _c_functions()
         self._control[READ : READ + len(functions)] = functions
-        address = self._control.ctypes.data
-        self._workers = [
-            threading.Thread(target=serve, args=(address, i), daemon=True, name=f"ondevice-{i}")
-            for i in range(threads)
-        ]
-        for worker in self._workers:
-            worker.start()
+        pipes: list[int] = []
+        workers: list[threading.Thread] = []
+        self.close = weakref.finalize(self, _end, self._process, self._control, pipes, workers)
+        """End the workers; the team is of no further use. Comes by itself when it is dropped."""
+        self.close.atexit = False  # a job may be running; daemon threads end with the process
+        try:
+            for _ in range(2):
+                pipes += os.pipe()
+            self._control[[WORK_OUTPUT, WORK_INPUT]] = pipes[:2]
+            self._done, self._control[DONE_INPUT] = pipes[2:]
+            for i in range(threads):
+                worker = threading.Thread(target=_serve, args=(self._control, i), daemon=True)
+                worker.name = f"ondevice-{i}"
+                worker.start()
+                workers.append(worker)
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise ResourceError(f"{threads} threads cannot be had: {error}") from None
 
-    def run(self, program: np.ndarray, step: np.ndarray, profile: np.ndarray | None = None) -> None:
+    def run(
+        self,
+        program: np.ndarray,
+        step: np.ndarray,
+        profile: np.ndarray | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Run a program (operations, OPERATION_WORDS) int64 on a step record, to its end.
+
+        `threads` of the team take part, all by default.
 
         With `profile` (threads, operations, 2) int64, each thread adds the nanoseconds that it
         worked on each operation, and that it waited before, those of a chain to the first of it.
 
-        The step's ABORT word, set by anyone meanwhile, ends it after this group; what the
+        The step's ABORT word, set by anyone meanwhile, ends a batch after this group; what the
         program was changing is then undefined. An exception while waiting (Ctrl-C) stops a
         decode loop after its token and aborts a batch, waits for the workers, and goes on.
         """
@@ -284,6 +302,7 @@ class Team:
         control = self._control
         control[PROGRAM], control[OPERATIONS] = program.ctypes.data, len(program)
         control[STEP] = step.ctypes.data
+        control[MEMBERS] = threads or self.threads
         control[PROFILE] = 0 if profile is None else profile.ctypes.data
         job = int(control[JOB]) + 1
         try:
@@ -291,7 +310,7 @@ class Team:
             self._wait(job)
         except BaseException:
             while control[JOB] == job:
-                step[CANCEL if step[COUNT] == 1 else ABORT] = 1
+                step[[CANCEL, ABORT]] = 1
                 with contextlib.suppress(KeyboardInterrupt):
                     self._wait(job)
                     break
@@ -302,14 +321,21 @@ class Team:
         while self._control[FINISHED] != job:
             os.read(self._done, MOST_THREADS)
 
-    def close(self) -> None:
-        """End the workers; the team is of no further use."""
-        if not self._workers or os.getpid() != self._process:
-            return
-        self._control[OPERATIONS] = 0
-        begin(self._control.ctypes.data)
-        for worker in self._workers:
-            worker.join()
-        self._workers = []
-        for pipe in self._pipes:
-            os.close(pipe)
+
+def _serve(control: np.ndarray, thread: int) -> None:
+    """A worker; holds on to the control record for as long as it lives."""
+    serve(control.ctypes.data, thread)
+
+
+def _end(
+    process: int, control: np.ndarray, pipes: list[int], workers: list[threading.Thread]
+) -> None:
+    if os.getpid() != process:
+        return
+    if workers:
+        control[OPERATIONS], control[MEMBERS] = 0, len(workers)
+        begin(control.ctypes.data)
+    for worker in workers:
+        worker.join()
+    for pipe in pipes:
+        os.close(pipe)

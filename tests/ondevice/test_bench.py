@@ -49,8 +49,8 @@ def test_it_runs_what_it_was_asked_for(tiny: Model, monkeypatch: pytest.MonkeyPa
         prefilled.append((state.position, len(tokens)))
         return prefill(state, step, tokens)
 
-    def watched_decode(state: State, step: np.ndarray) -> None:
-        decode(state, step)
+    def watched_decode(state: State, step: np.ndarray, threads: int) -> None:
+        decode(state, step, threads)
         ends.append(state.position)
 
     monkeypatch.setattr(tiny, "prefill", watched_prefill)
@@ -65,10 +65,10 @@ def test_it_runs_what_it_was_asked_for(tiny: Model, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": 0}, "prompt is 0; it must be at least 1"),
-        ({"generate": 0}, "generate is 0; it must be at least 1"),
-        ({"depth": -1}, "depth is -1; it must be at least 0"),
-        ({"repeat": 0}, "repeat is 0; it must be at least 1"),
+        ({"prompt": 0}, "prompt is 0; it must be a whole number from 1"),
+        ({"generate": 0}, "generate is 0; it must be a whole number from 1"),
+        ({"depth": -1}, "depth is -1; it must be a whole number from 0"),
+        ({"repeat": 0}, "repeat is 0; it must be a whole number from 1"),
         ({"depth": 8192}, "the context only 8192"),
         ({"generate": 8192}, "the context only 8192"),
     ],

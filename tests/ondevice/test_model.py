@@ -1,7 +1,11 @@
 """An open model: what it refuses, how many may use it at once, and that nothing is left of it."""
 
+import errno
+import functools
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +21,7 @@ from ondevice.sampling import Sampling
 from quant.errors import Error, ResourceError, UsageError
 from tests.gguf_rewrite import Change, Changed, Keys, Tensors, rewrite
 
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
 PROMPT = [5, 80, 200, 31, 7]
 
@@ -93,14 +98,23 @@ def test_the_smallest_context(tiny_path: Path) -> None:
 
 
 def test_a_memory_budget(tiny_path: Path) -> None:
-    size = tiny_path.stat().st_size
-    with ondevice.load(tiny_path, threads=1, memory=4 * size):
-        pass
-    load = ondevice.load
-    message = message_of(lambda: load(tiny_path, threads=1, memory=size), ResourceError)
-    assert f"a memory budget of {size:,} bytes" in message
-    with load(tiny_path, threads=1, context=16, memory=size + (1 << 16)):  # less context, less need
-        pass
+    def needed(**options: Any) -> int:
+        opened = functools.partial(ondevice.load, tiny_path, threads=1, memory=1, **options)
+        message = message_of(opened, ResourceError)
+        assert "a memory budget of 1 bytes" in message
+        return int(message.split(" that this model takes")[0].split()[-1].replace(",", ""))
+
+    assert tiny_path.stat().st_size < needed(context=16) < needed()
+    ondevice.load(tiny_path, threads=1, memory=needed()).close()
+    with pytest.raises(ResourceError):
+        ondevice.load(tiny_path, threads=1, memory=needed() - 1)
+
+
+def test_a_memory_budget_counts_the_buffers(demo: Model) -> None:
+    message = message_of(lambda: ondevice.load(demo.path, memory=1), ResourceError)
+    needed = int(message.split(" that this model takes")[0].split()[-1].replace(",", ""))
+    buffers = sum(program.nbytes for program in demo._programs)
+    assert needed >= demo.path.stat().st_size + buffers
 
 
 def test_a_memory_budget_is_a_number(tiny_path: Path) -> None:
@@ -256,6 +270,45 @@ def test_nothing_is_left_of_thirty_models(tiny_path: Path) -> None:
             assert threading.active_count() == before[1] + 2
     del model
     assert handles() == before
+
+
+DROPPED = """
+import gc, os, sys, threading, time
+import ondevice
+
+def handles():
+    gc.collect()
+    return len(os.listdir("/dev/fd")), threading.active_count()
+
+ondevice.load(sys.argv[1], threads=1).close()
+before = handles()
+for _ in range(20):
+    ondevice.load(sys.argv[1], threads=2)
+deadline = time.monotonic() + 5
+while handles() != before and time.monotonic() < deadline:
+    time.sleep(0.01)
+assert handles() == before, (before, handles())
+"""
+
+
+def test_a_model_may_be_dropped_without_closing(tiny_path: Path) -> None:
+    """Its workers must neither stay nor wake up in memory that is gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED, str(tiny_path)],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_pipes_left(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pipe", refuse)
+    assert "open files" in message_of(lambda: ondevice.load(tiny_path, threads=1), ResourceError)
 
 
 def test_closing_lets_go_of_the_file(tiny_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""How many threads make the next tokens.
+
+All cores are the best choice until something else wants them: then the thread that shares its core
+is late with every task it takes, and fewer threads are faster. Small models are faster on few
+threads anyway. So the number that is in use is compared with half and twice as many, now and then,
+and at once when tokens suddenly take longer. A trial may be slow, and the next one waits until its
+loss has become a fiftieth of the time since. The tokens do not depend on any of this.
+"""
+
+SLOWER = 1.3
+"""A burst that takes so many times longer per token than the one before calls for a trial."""
+BETTER = 0.95
+"""A trial that takes at most this share of the time wins."""
+PAUSE = 0.5  # seconds between trials, at least
+LOSS_SHARE = 50
+SHORTEST = 0.008  # seconds of a burst that says anything
+
+
+class Pace:
+    """Chooses among `threads`, half of them, a quarter ... and one."""
+
+    def __init__(self, threads: int) -> None:
+        self._choices = [threads]
+        while self._choices[-1] > 1:
+            self._choices.append(self._choices[-1] // 2)
+        self._best = 0  # index of the choice in use
+        self._seconds = [0.0] * len(self._choices)  # per token, when last seen
+        self._trial: int | None = None
+        self._next_up = False  # which neighbour is tried next
+        self._wait = PAUSE
+
+    def choose(self) -> int:
+        """Threads for the next burst."""
+        return self._choices[self._best if self._trial is None else self._trial]
+
+    @property
+    def trying(self) -> bool:
+        """Whether the next burst is a trial and should be short."""
+        return self._trial is not None
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """What the burst took, on as many threads as were chosen."""
+        if tokens < 1 or seconds < SHORTEST or len(self._choices) == 1:
+            return
+        each, usual = seconds / tokens, self._seconds[self._best]
+        if self._trial is not None:
+            self._seconds[self._trial] = each
+            if each < BETTER * usual:
+                self._best = self._trial
+            self._wait = max(PAUSE, LOSS_SHARE * (seconds - tokens * usual))
+            self._trial = None
+            return
+        self._seconds[self._best] = each
+        self._wait -= seconds
+        if self._wait <= 0 or each > SLOWER * usual > 0:
+            self._trial = self._neighbour()
+
+    def _neighbour(self) -> int:
+        self._next_up = not self._next_up
+        index = self._best - 1 if self._next_up else self._best + 1
+        if not 0 <= index < len(self._choices):
+            index = 2 * self._best - index
+        return index
