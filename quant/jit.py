@@ -18,6 +18,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba
+from numba import _dynfunc
+from numba.core.compiler import Compiler
 
 from quant.folders import cache_root, private_folder
 
@@ -75,5 +77,39 @@ kernel: Any = functools.partial(numba.njit, **OPTIONS)
 short_kernel: Any = functools.partial(numba.njit, **{**OPTIONS, "nogil": False})
 """For calls that take less time than giving up the interpreter's lock."""
 
-inner: Any = functools.partial(numba.njit, **{**OPTIONS, "cache": False})
+
+class _Inlined(Compiler):  # type: ignore[misc]
+    """Leaves the code of a function as it is first lowered: its callers optimise it as a part of
+    theirs. Numba would optimise and assemble it once for every level of calls.
+    """
+
+    def _compile_bytecode(self) -> Any:
+        state = self.state
+        library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+        library._optimize_final_module = lambda: None
+        library._finalize_final_module = functools.partial(_finalize, library)
+        state.library = library
+        state.flags.no_compile = True
+        result = super()._compile_bytecode()
+        descriptor = result.fndesc
+        entry = _dynfunc.make_function(
+            descriptor.lookup_module(), descriptor.qualname, "", 0, result.environment, (library,)
+        )
+        state.targetctx.insert_user_function(entry, descriptor, [library])
+        return result._replace(entry_point=entry)
+
+
+def _finalize(library: Any) -> None:
+    library._finalize_dynamic_globals()
+    library._finalized = True
+
+
+inner: Any = functools.partial(
+    numba.njit,
+    **OPTIONS | {"cache": False},
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    forceinline=True,
+    pipeline_class=_Inlined,
+)
 """For functions only ever called from a kernel: compiled into their callers."""

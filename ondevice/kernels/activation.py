@@ -2,10 +2,12 @@
 
 A token's activations become an int8 record beside which a weight block can be multiplied:
 
-    per 256   codes i8 x n | scale f32 x n/256 | sums of 16 codes i16 x n/16     (K formats)
-    per 32    codes i8 x n | scale f32 x n/32  | scale * sum of codes f32 x n/32 (Q4_0 .. Q8_0)
+    per 256   codes i8 x n | scale f32 x n/256 | sums of 16 codes i16 x n/16 | of 32, i16 x n/32
+    per 32    codes i8 x n | scale f32 x n/32  | -8 * sum of 32 codes i32 x n/32
 
 with scale = max |x| / 127 and code = x / scale rounded half to even, so codes lie in -127..127.
+The first serves the formats of 256 weights, the second those of 32; its sums are what weights that
+are stored with 8 added have too much, and a shift makes them fit other offsets.
 """
 
 import numpy as np
@@ -31,6 +33,7 @@ from ondevice.kernels.simd import (
     store_bytes,
     store_f32,
     store_i16,
+    store_i32,
     store_some,
     zero,
 )
@@ -41,14 +44,16 @@ NONE, PER_256, PER_32 = 0, 1, 2
 
 
 def record_bytes(kind: int, columns: int) -> int:
-    """Bytes of one token's record, rounded up to a multiple of 64."""
+    """Bytes of one token's record: an odd number of cache lines, so that the same columns of
+    many tokens spread over all sets of the first-level cache.
+    """
     if kind == PER_256:
-        used = columns + columns // 256 * 4 + columns // 16 * 2
+        used = columns + columns // 256 * 4 + columns // 16 * 2 + columns // 32 * 2
     elif kind == PER_32:
         used = columns + columns // 32 * 8
     else:
         used = columns * 4
-    return -(-used // 64) * 64
+    return (-(-used // 64) | 1) * 64
 
 
 @inner
@@ -76,11 +81,15 @@ def quantize_per_256(x, columns, record):
     """x (columns,) f32 at an address -> the per-256 record at `record`."""
     scales = record + columns
     sums = scales + columns // 256 * 4
+    wide_sums = sums + columns // 16 * 2
     for b in range(columns // 256):
         codes = record + 256 * b
         store_f32(scales + 4 * b, quantize_group(x + 1024 * b, 256, codes))
-        for i in range(16):
-            store_i16(sums + 2 * (16 * b + i), code_sum(codes + 16 * i))
+        for i in range(8):
+            first, second = code_sum(codes + 32 * i), code_sum(codes + 32 * i + 16)
+            store_i16(sums + 2 * (16 * b + 2 * i), first)
+            store_i16(sums + 2 * (16 * b + 2 * i + 1), second)
+            store_i16(wide_sums + 2 * (8 * b + i), first + second)
 
 
 @inner
@@ -99,7 +108,7 @@ def quantize_per_32(x, columns, record):
         scale = quantize_group(x + 128 * b, 32, codes)
         store_f32(scales + 4 * b, scale)
         total = code_sum(codes) + code_sum(codes + 16)
-        store_f32(sums + 4 * b, scale * np.float32(total))
+        store_i32(sums + 4 * b, -8 * total)
 
 
 @inner

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ondevice.kernels import expand
 from ondevice.kernels.activation import NONE, PER_32, PER_256
 from ondevice.kernels.dot import blocks, floats, k_quants
+from ondevice.kernels.dot.tile import scratch_bytes
 from ondevice.kernels.operation import CompiledFunction
 
 
@@ -29,11 +30,11 @@ READERS = {
     "F32": Reader(floats.multiply_f32, expand.expand_f32, NONE, _no_scratch),
     "F16": Reader(floats.multiply_f16, expand.expand_f16, NONE, _no_scratch),
     "BF16": Reader(floats.multiply_bf16, expand.expand_bf16, NONE, _no_scratch),
-    "Q8_0": Reader(blocks.multiply_q8_0, expand.expand_q8_0, PER_32, blocks.scratch_bytes),
-    "Q4_0": Reader(blocks.multiply_q4_0, expand.expand_q4_0, PER_32, blocks.scratch_bytes),
-    "Q5_0": Reader(blocks.multiply_q5_0, expand.expand_q5_0, PER_32, blocks.scratch_bytes),
-    "Q5_1": Reader(blocks.multiply_q5_1, expand.expand_q5_1, PER_32, blocks.scratch_bytes),
-    "Q4_K": Reader(k_quants.multiply_q4_k, expand.expand_q4_k, PER_256, k_quants.scratch_bytes),
-    "Q5_K": Reader(k_quants.multiply_q5_k, expand.expand_q5_k, PER_256, k_quants.scratch_bytes),
-    "Q6_K": Reader(k_quants.multiply_q6_k, expand.expand_q6_k, PER_256, k_quants.scratch_bytes),
+    "Q8_0": Reader(blocks.multiply_q8_0, expand.expand_q8_0, PER_32, scratch_bytes),
+    "Q4_0": Reader(blocks.multiply_q4_0, expand.expand_q4_0, PER_32, scratch_bytes),
+    "Q5_0": Reader(blocks.multiply_q5_0, expand.expand_q5_0, PER_32, scratch_bytes),
+    "Q5_1": Reader(blocks.multiply_q5_1, expand.expand_q5_1, PER_32, scratch_bytes),
+    "Q4_K": Reader(k_quants.multiply_q4_k, expand.expand_q4_k, PER_256, scratch_bytes),
+    "Q5_K": Reader(k_quants.multiply_q5_k, expand.expand_q5_k, PER_256, scratch_bytes),
+    "Q6_K": Reader(k_quants.multiply_q6_k, expand.expand_q6_k, PER_256, scratch_bytes),
 }

@@ -3,14 +3,11 @@
 LLVM's auto-vectoriser does not find int8 dot products, so kernels say what they mean: a `Vec` is
 a Numba type for an LLVM vector (`u8x64` is 64 unsigned bytes), addresses are plain integers, and a
 few dozen intrinsics load, store, combine and reduce. A vector wider than the machine's registers
-is split by LLVM; only the dot products below choose instructions by hand, from what the compile
-target reports (AVX-512 VNNI, AVX-VNNI, AVX2, NEON dot product, plain code otherwise).
+is split by LLVM; only integer dot products choose instructions by hand, see `tiles`.
 
 Rules that every kernel relies on:
     loads and stores need no alignment
     float operations carry no fast-math flag: what is written is what is computed, in that order
-    a dot product may leave its sum in any distribution over the lanes; only the lanes' total is
-    defined, exact in int32
 """
 
 import operator
@@ -448,20 +445,6 @@ def splat(typing: Any, kind: Any, value: Any) -> Any:
 
 
 @intrinsic
-def four_words(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Four uint32 side by side in a u32x4."""
-    word = types.uint32
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = constant(ir.VectorType(I32, 4), ir.Undefined)
-        for i, value in enumerate(args):
-            vector = builder.insert_element(vector, value, constant(I32, i))
-        return vector
-
-    return u32x4(word, word, word, word), lower
-
-
-@intrinsic
 def convert(typing: Any, kind: Any, value: Any) -> Any:
     """convert(f32x16, v): the same numbers in another element type (towards zero for ints)."""
     vec = vec_of(kind)
@@ -509,54 +492,159 @@ def lane_shuffle(lanes: Sequence[int]) -> Any:
     return shuffle
 
 
-def bit_field(shifts: tuple[int, int], mask: int) -> Any:
-    """An intrinsic: 32 bytes -> 64, (byte >> shifts[0]) & mask, then (byte >> shifts[1]) & mask.
+def pair_shuffle(lanes: Sequence[int]) -> Any:
+    """An intrinsic (a, b) -> the lanes of a, then b, at these (constant) places."""
+    places = tuple(lanes)
 
-    A right shift of dwords moves bits across bytes; the mask must cut those off, so
-    mask < 2 ** (8 - shift).
-    """
-    assert all(mask < 1 << (8 - shift) for shift in shifts)
+    @intrinsic
+    def shuffle(typing: Any, a: Any, b: Any) -> Any:
+        result = Vec(a.element, len(places))
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return shuffle_lanes(builder, args[0], args[1], places)
+
+        return result(a, a), lower
+
+    return shuffle
+
+
+def byte_shuffle(places: Sequence[int | None]) -> Any:
+    """An intrinsic: in each quarter of a u8x64 the bytes at these places, None for zero."""
+    assert len(places) == 16
+
+    @intrinsic
+    def shuffle(typing: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            zeros = constant(args[0].type, None)
+            lanes = [
+                64 if place is None else 16 * quarter + place
+                for quarter in range(4)
+                for place in places
+            ]
+            return shuffle_lanes(builder, args[0], zeros, lanes)
+
+        return u8x64(u8x64), lower
+
+    return shuffle
+
+
+def word_fields(shifts: Sequence[int], masks: Sequence[int]) -> Any:
+    """An intrinsic on u8x64: word i of each quarter >> shifts[i], & masks[i] in every byte."""
+    assert len(shifts) == len(masks) == 4
 
     @intrinsic
     def fields(typing: Any, value: Any) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            words = builder.bitcast(args[0], ir.VectorType(I32, 8))
-            twice = shuffle_lanes(builder, words, words, [*range(8), *range(8)])
-            amounts = [constant(I32, shifts[i // 8]) for i in range(16)]
-            moved = builder.lshr(twice, constant(ir.VectorType(I32, 16), amounts))
-            masks = broadcast(builder, constant(I32, mask * 0x01010101), 16)
-            return builder.bitcast(builder.and_(moved, masks), llvm_type(u8x64))
+            kind = llvm_type(u32x16)
+            amounts = constant(kind, [constant(I32, shift) for shift in shifts] * 4)
+            kept = constant(kind, [constant(I32, mask * 0x01010101) for mask in masks] * 4)
+            moved = builder.lshr(builder.bitcast(args[0], kind), amounts)
+            return builder.bitcast(builder.and_(moved, kept), llvm_type(u8x64))
 
-        return u8x64(u8x32), lower
+        return u8x64(u8x64), lower
 
     return fields
 
 
-nibbles = bit_field((0, 4), 15)
-"""32 bytes -> their 32 low nibbles, then their 32 high nibbles."""
+def byte_table(values: Sequence[int]) -> Any:
+    """An intrinsic: each byte (0 .. 15) of a u8x64 -> the int8 value of that number."""
+    assert len(values) == 16
+    table = [constant(I8, value & 255) for value in values]
+
+    @intrinsic
+    def look_up(typing: Any, numbers: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            def shuffled(name: str, lanes: int) -> Any:
+                kind = ir.VectorType(I8, lanes)
+                rows = constant(kind, table * (lanes // 16))
+                parts = [part(builder, args[0], i, lanes) for i in range(0, 64, lanes)]
+                return join(builder, [call(builder, name, kind, [rows, x]) for x in parts])
+
+            if "avx512bw" in FEATURES:
+                return shuffled("llvm.x86.avx512.pshuf.b.512", 64)
+            if "avx2" in FEATURES:
+                return shuffled("llvm.x86.avx2.pshuf.b", 32)
+            if not X86:
+                return shuffled("llvm.aarch64.neon.tbl1.v16i8", 16)
+            result = constant(args[0].type, None)
+            for number, value in enumerate(table):
+                same = builder.icmp_signed(
+                    "==", args[0], broadcast(builder, constant(I8, number), 64)
+                )
+                result = builder.select(same, broadcast(builder, value, 64), result)
+            return result
+
+        return u8x64(u8x64), lower
+
+    return look_up
 
 
 @intrinsic
-def halves_of_bytes(typing: Any, value: Any) -> Any:
-    """16 bytes -> their 16 low nibbles, then their 16 high nibbles, as u8x32."""
+def each_bit(typing: Any, value: Any) -> Any:
+    """Byte i of a u8x64 -> its bit i % 8, as 0 or 1."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        low = builder.and_(args[0], broadcast(builder, constant(I8, 15), 16))
-        high = builder.lshr(args[0], broadcast(builder, constant(I8, 4), 16))
-        return join(builder, [low, high])
+        masks = constant(args[0].type, [constant(I8, 1 << (i % 8)) for i in range(64)])
+        kept = builder.and_(args[0], masks)
+        return builder.zext(builder.icmp_unsigned("==", kept, masks), args[0].type)
 
-    return u8x32(u8x16), lower
+    return u8x64(u8x64), lower
 
 
 @intrinsic
-def byte_bits(typing: Any, value: Any) -> Any:
-    """A 32-bit word -> 32 bytes, byte i being bit i."""
+def exponent_scale(typing: Any, exponents: Any) -> Any:
+    """2 ** (e - 128) for a u32x16 of e in 0 .. 255, as f32x16."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 32))
-        return builder.zext(bits, llvm_type(u8x32))
+        def filled(value: int) -> Any:
+            return broadcast(builder, constant(I32, value), 16)
 
-    return u8x32(types.uint32), lower
+        normal = builder.shl(builder.sub(args[0], filled(1)), filled(23))
+        subnormal = builder.shl(filled(1 << 21), builder.and_(args[0], filled(1)))
+        small = builder.icmp_unsigned("<", args[0], filled(2))
+        return builder.bitcast(builder.select(small, subnormal, normal), llvm_type(f32x16))
+
+    return f32x16(u32x16), lower
+
+
+def half_in_each(place: int) -> Any:
+    """An intrinsic: the half at byte `place` of each quarter of a u8x64, four times, as f32x16."""
+
+    @intrinsic
+    def halves(typing: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            words = builder.bitcast(args[0], ir.VectorType(I16, 32))
+            lanes = [8 * (lane // 4) + place // 2 for lane in range(16)]
+            return half_to_float(builder, shuffle_lanes(builder, words, words, lanes))
+
+        return f32x16(u8x64), lower
+
+    return halves
+
+
+@intrinsic
+def load_quad(typing: Any, address: Any, stride: Any) -> Any:
+    """16 bytes at each of address, address + stride, ... as a u8x64 of four quarters."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at, pieces = args[0], []
+        for _ in range(4):
+            pieces.append(load_from(builder, at, ir.VectorType(I8, 16)))
+            at = builder.add(at, args[1])
+        return join(builder, pieces)
+
+    return u8x64(types.intp, types.intp), lower
+
+
+@intrinsic
+def half_words(typing: Any, words: Any, shift: Any) -> Any:
+    """The halves in bits shift .. shift + 15 of a u32x16, as f32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        moved = builder.lshr(args[0], broadcast(builder, args[1], 16))
+        return half_to_float(builder, builder.trunc(moved, ir.VectorType(I16, 16)))
+
+    return f32x16(u32x16, types.uint32), lower
 
 
 # ---- float arithmetic ----
@@ -611,7 +699,7 @@ maximum = _choice(">")
 minimum = _choice("<")
 
 
-def _fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[Any, Any], Any]) -> ir.Value:
+def fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[Any, Any], Any]) -> ir.Value:
     """Halve a vector until one lane is left: a fixed tree, so the result is reproducible."""
     while value.type.count > 1:
         half = value.type.count // 2
@@ -625,7 +713,7 @@ def lane_sum(typing: Any, value: Any) -> Any:
     is_float = isinstance(value.element, types.Float)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _fold(builder, args[0], builder.fadd if is_float else builder.add)
+        return fold(builder, args[0], builder.fadd if is_float else builder.add)
 
     return value.element(value), lower
 
@@ -642,7 +730,7 @@ def lane_maximum(typing: Any, value: Any) -> Any:
                 return broadcast(builder, single, 1)
             return call(builder, f"llvm.maxnum.v{a.type.count}f32", a.type, [a, b])
 
-        return _fold(builder, args[0], greater)
+        return fold(builder, args[0], greater)
 
     return value.element(value), lower
 
@@ -657,170 +745,6 @@ def power_of_two(typing: Any, exponent: Any) -> Any:
         return builder.bitcast(bits, llvm_type(f32x16))
 
     return f32x16(i32x16), lower
-
-
-# ---- integer dot products ----
-
-_HAS_VNNI_512 = {"avx512vnni", "avx512bw"} <= FEATURES
-_HAS_VNNI_256 = {"avx512vnni", "avx512vl"} <= FEATURES or "avxvnni" in FEATURES
-_HAS_AVX512BW = "avx512bw" in FEATURES
-_HAS_AVX2 = "avx2" in FEATURES
-_HAS_SDOT = "dotprod" in FEATURES
-
-
-def _in_pieces(
-    builder: ir.IRBuilder, pieces: int, operands: Sequence[ir.Value], emit: Callable[..., Any]
-) -> ir.Value:
-    """Apply `emit` to equal parts of the operands and join what it returns."""
-    if pieces == 1:
-        return emit(*operands)
-    results = []
-    for i in range(pieces):
-        counts = [x.type.count // pieces for x in operands]
-        results.append(
-            emit(*(part(builder, x, i * n, n) for x, n in zip(operands, counts, strict=True)))
-        )
-    return join(builder, results)
-
-
-def _widened_products(builder: ir.IRBuilder, w: Any, a: Any, weights_signed: bool) -> ir.Value:
-    """w[i] * a[i] as int32, in plain LLVM."""
-    wide = ir.VectorType(I32, w.type.count)
-    extended = builder.sext(w, wide) if weights_signed else builder.zext(w, wide)
-    return builder.mul(extended, builder.sext(a, wide))
-
-
-def _sum_to(builder: ir.IRBuilder, value: Any, lanes: int) -> ir.Value:
-    while value.type.count > lanes:
-        half = value.type.count // 2
-        value = builder.add(part(builder, value, 0, half), part(builder, value, half, half))
-    return value
-
-
-def _madd(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
-    """x86 pmaddwd: pairs of int16 products summed in int32; any width that the host has."""
-    lanes = a.type.count
-    name = {32: "avx512.pmaddw.d.512", 16: "avx2.pmadd.wd", 8: "sse2.pmadd.wd"}[lanes]
-    return call(builder, f"llvm.x86.{name}", ir.VectorType(I32, lanes // 2), [a, b])
-
-
-@intrinsic
-def dot_scaled(typing: Any, total: Any, w: Any, a: Any, scale: Any) -> Any:
-    """total (i32x16) + sum of w * a * scale: w u8x64 in 0..63, a i8x64, scale i16x32.
-
-    The scale must be constant over each aligned group of 16 weights (8 lanes of scale).
-    """
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        acc, weights, acts, scales = args
-
-        def x86(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
-            lanes = scales.type.count
-            name = {32: "avx512.pmaddubs.w.512", 16: "avx2.pmadd.ub.sw"}[lanes]
-            kind = ir.VectorType(I16, lanes)
-            pairs = call(builder, f"llvm.x86.{name}", kind, [weights, acts])
-            if (lanes == 32 and _HAS_VNNI_512) or (lanes == 16 and _HAS_VNNI_256):
-                name = f"llvm.x86.avx512.vpdpwssd.{lanes * 16}"
-                return call(builder, name, acc.type, [acc, pairs, scales])
-            return builder.add(acc, _madd(builder, pairs, scales))
-
-        def neon(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
-            kind = ir.VectorType(I32, 4)
-            zeros = constant(kind, None)
-            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-            dots = call(builder, name, kind, [zeros, weights, acts])
-            factors = builder.sext(part(builder, scales, 0, 4), kind)
-            return builder.add(acc, builder.mul(dots, factors))
-
-        def plain(acc: Any, weights: Any, acts: Any, scales: Any) -> Any:
-            products = _widened_products(builder, weights, acts, False)
-            factors = builder.sext(part(builder, scales, 0, 4), ir.VectorType(I32, 4))
-            return builder.add(acc, builder.mul(_sum_to(builder, products, 4), factors))
-
-        operands = [acc, weights, acts, scales]
-        if _HAS_AVX512BW:
-            return x86(*operands)
-        if _HAS_AVX2:
-            return _in_pieces(builder, 2, operands, x86)
-        return _in_pieces(builder, 4, operands, neon if _HAS_SDOT else plain)
-
-    return total(total, w, a, scale), lower
-
-
-@intrinsic
-def dot_small(typing: Any, w: Any, a: Any) -> Any:
-    """Sum of w * a as i32x8: w u8x32 in 0..63, a i8x32."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        weights, acts = args
-        result = ir.VectorType(I32, 8)
-        if _HAS_VNNI_256:
-            name = "llvm.x86.avx512.vpdpbusd.256"
-            return call(builder, name, result, [constant(result, None), weights, acts])
-        if _HAS_AVX2:
-            kind = ir.VectorType(I16, 16)
-            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [weights, acts])
-            ones = broadcast(builder, constant(I16, 1), 16)
-            return _madd(builder, pairs, ones)
-        if _HAS_SDOT:
-            return _sdot(builder, weights, acts)
-        return _sum_to(builder, _widened_products(builder, weights, acts, False), 8)
-
-    return i32x8(w, a), lower
-
-
-@intrinsic
-def dot_signed(typing: Any, w: Any, a: Any) -> Any:
-    """Sum of w * a as i32x8: w i8x32, a i8x32 with no -128."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        weights, acts = args
-        result = ir.VectorType(I32, 8)
-        if _HAS_VNNI_256:
-            # |w| is unsigned; the sign goes over to the activation.
-            zeros = constant(weights.type, None)
-            negative = builder.icmp_signed("<", weights, zeros)
-            magnitude = builder.select(negative, builder.sub(zeros, weights), weights)
-            signed = builder.select(negative, builder.sub(zeros, acts), acts)
-            name = "llvm.x86.avx512.vpdpbusd.256"
-            return call(builder, name, result, [constant(result, None), magnitude, signed])
-        if _HAS_AVX2:
-            wide = ir.VectorType(I16, 16)
-            halves = []
-            for start in (0, 16):
-                x = builder.sext(part(builder, weights, start, 16), wide)
-                y = builder.sext(part(builder, acts, start, 16), wide)
-                halves.append(_madd(builder, x, y))
-            return builder.add(*halves)
-        if _HAS_SDOT:
-            return _sdot(builder, weights, acts)
-        return _sum_to(builder, _widened_products(builder, weights, acts, True), 8)
-
-    return i32x8(w, a), lower
-
-
-def _sdot(builder: ir.IRBuilder, weights: Any, acts: Any) -> ir.Value:
-    kind = ir.VectorType(I32, 4)
-
-    def emit(w: Any, a: Any) -> Any:
-        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-        return call(builder, name, kind, [constant(kind, None), w, a])
-
-    return _in_pieces(builder, 2, [weights, acts], emit)
-
-
-@intrinsic
-def dot_words(typing: Any, a: Any, b: Any) -> Any:
-    """Sum of a * b as i32x8: both i16x16."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if _HAS_AVX2:
-            return _madd(builder, *args)
-        wide = ir.VectorType(I32, 16)
-        products = builder.mul(builder.sext(args[0], wide), builder.sext(args[1], wide))
-        return _sum_to(builder, products, 8)
-
-    return i32x8(a, b), lower
 
 
 # ---- threads ----

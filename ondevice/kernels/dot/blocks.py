@@ -1,176 +1,512 @@
-"""Products for the 32-weight formats Q8_0, Q4_0, Q5_0, Q5_1 with int8 activations scaled per 32.
+"""Products for the formats of 32 weights, with int8 activations scaled per 32.
 
-A block is first unpacked to a *panel* of 64 bytes: 32 codes, then d and c as f32. With activation
-codes a, activation scale y and z = y times the sum of a,
+Codes that stand for signed numbers are stored with an offset. With activation codes a, activation
+scale y, and the exact int32 sums of a block,
 
-    w . a = sum over blocks of  y d (codes . a)  +  c z
+    Q8_0, IQ4_NL (values from a table)           w . a += y d (codes . a)
+    Q4_0 (offset 8), Q5_0 (16), MXFP4 (16)       w . a += y d (codes . a - offset sum a)
+    Q4_1, Q5_1                                   w . a += y d (codes . a);  w . a += y m (sum a)
 
-where c = -8 d (Q4_0), -16 d (Q5_0), m (Q5_1) turns unsigned codes into weights; Q8_0's codes are
-signed and c = 0. Block layouts: quant/q8_0.py, q4_0.py, q5_0.py, q5_1.py.
+Full bytes count as codes with an offset of 128 where dot products need that (tiles.BIASED).
+Records hold -8 times the sum of a: `factor` below makes it the surplus to be added.
+Block layouts: quant/q8_0.py, q4_0.py, ..., mxfp4.py.
 """
 
 import numpy as np
 
-from ondevice.kernels.dot.tile import ROWS, ByLayout, Layout, row_at
+from ondevice.kernels.dot.tile import (
+    ByLayout,
+    D,
+    Layout,
+    M,
+    ask,
+    columns_of_sixteen,
+    full_codes,
+    high_four,
+    low_four,
+    multiply,
+    panels,
+    quads,
+    raised,
+    unpackers,
+)
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
     bitcast,
-    byte_bits,
-    convert,
-    dot_signed,
-    dot_small,
-    f32x8,
-    fma,
-    halves_of_bytes,
-    i8x32,
-    lane_sum,
+    byte_shuffle,
+    byte_table,
+    each_bit,
+    exponent_scale,
+    f32x16,
+    half_in_each,
+    half_words,
     load,
-    load_f16,
-    load_f32,
-    load_u32,
+    load_quad,
     store,
-    store_f32,
-    u8x16,
-    u8x32,
+    u8x64,
+    u32x16,
     zero,
+)
+from ondevice.kernels.tiles import (
+    BIASED,
+    add_multiple,
+    add_scaled,
+    begin_dots,
+    end_dots,
+    fold_quads,
+    load_floats,
+    quad_dot,
+    quad_dot_bytes,
+    spread,
+    steps,
+    store_floats,
+    wide_dot,
+    wide_dot_bytes,
+    zero_floats,
+    zero_sums,
 )
 from quant.jit import inner
 
 BLOCK = 32
-PANEL = 64
-D, C = 32, 36
-Q8_0, Q4_0, Q5_0, Q5_1 = (Layout(name) for name in ("Q8_0", "Q4_0", "Q5_0", "Q5_1"))
+SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
+Q4_0, Q4_1, Q5_0, Q5_1, MXFP4 = (Layout(name) for name in SMALL)
+Q8_0, IQ4_NL = Layout("Q8_0"), Layout("IQ4_NL")
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+BIAS = np.uint8(128 if BIASED else 0)
+BIAS_FACTOR = 16 if BIASED else 0
+STEPS_SMALL, STEPS_FULL = steps(31, 8), steps(128, 8)
+"""Five bits at most; MXFP4's table holds up to 28."""
+
+first_half, second_half = half_in_each(0), half_in_each(2)
+MINUS_EIGHTH = np.float32(-0.125)
 
 
-def unpack(layout, block, panel):
-    """One block of `layout` at `block` -> its panel."""
+FIVE_LOW, FIVE_HIGH = [2] * 8 + [3] * 8, [4] * 8 + [5] * 8
+five_0_low, five_0_high = byte_shuffle(FIVE_LOW), byte_shuffle(FIVE_HIGH)
+five_1_low = byte_shuffle([place + 2 for place in FIVE_LOW])
+five_1_high = byte_shuffle([place + 2 for place in FIVE_HIGH])
+exponent_of_header = byte_shuffle([0, None, None, None] * 4)
+mxfp4_codes = byte_table([value + 16 for value in MXFP4_VALUES])
+
+
+def quad_block(layout, block, row_bytes):
+    """A block of four rows: codes of columns 0 .. 15, of 16 .. 31, d and m."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-def dot(layout, panel, activations):
-    """Codes of a panel times 32 activation codes, spread over an i32x8."""
+def unpack_block(layout, w, row_bytes, codes, d, m):
+    """A block of sixteen rows: codes to 8 x 64 bytes, d and m to 64 bytes each."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-unpackers = ByLayout(unpack)
-dots = ByLayout(dot)
+quad_blocks, block_unpackers = ByLayout(quad_block), ByLayout(unpack_block)
 
 
-@unpackers.register(Q8_0)
-def unpack_q8_0(layout, block, panel):
-    store(panel, load(u8x32, block + 2))
-    store_f32(panel + D, load_f16(block))
-    store_f32(panel + C, np.float32(0))
+@inner
+def unpack_halves(words, d, m):
+    """The halves of the words to d and -m / 8, beside the records' -8 times the sums."""
+    store(d, half_words(words, np.uint32(0)))
+    store(m, half_words(words, np.uint32(16)) * MINUS_EIGHTH)
+
+
+@inner
+def unpack_nibbles(w, row_bytes, codes):
+    four = np.uint32(0x0F0F0F0F)
+    for i, piece in enumerate(columns_of_sixteen(w, row_bytes)):
+        store(codes + 64 * i, piece & four)
+        store(codes + 64 * (4 + i), (piece >> np.uint32(4)) & four)
+
+
+@inner
+def add_fifth_bits(bits, codes):
+    """Bit 4 k + j of a row's word becomes bit 4 of its byte j of dword k."""
+    for k in range(8):
+        nibble = (bits >> np.uint32(4 * k)) & np.uint32(15)
+        # bit j goes to 7 j + j; the products do not overlap
+        fifths = (nibble * np.uint32(0x204081)) & np.uint32(0x01010101)
+        store(codes + 64 * k, load(u32x16, codes + 64 * k) | (fifths << np.uint32(4)))
+
+
+@quad_blocks.register(Q4_0)
+def quad_q4_0(layout, block, row_bytes):
+    x, header = load_quad(block + 2, row_bytes), load_quad(block, row_bytes)
+    return low_four(x), high_four(x), first_half(header), zero(f32x16)
+
+
+@block_unpackers.register(Q4_0)
+def unpack_q4_0(layout, w, row_bytes, codes, d, m):
+    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_nibbles(w + 2, row_bytes, codes)
+
+
+@quad_blocks.register(Q4_1)
+def quad_q4_1(layout, block, row_bytes):
+    x, header = load_quad(block + 4, row_bytes), load_quad(block, row_bytes)
+    return low_four(x), high_four(x), first_half(header), second_half(header) * MINUS_EIGHTH
+
+
+@block_unpackers.register(Q4_1)
+def unpack_q4_1(layout, w, row_bytes, codes, d, m):
+    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_nibbles(w + 4, row_bytes, codes)
+
+
+@quad_blocks.register(Q5_0)
+def quad_q5_0(layout, block, row_bytes):
+    x, header = load_quad(block + 6, row_bytes), load_quad(block, row_bytes)
+    low = low_four(x) | raised(each_bit(five_0_low(header)), 4)
+    high = high_four(x) | raised(each_bit(five_0_high(header)), 4)
+    return low, high, first_half(header), zero(f32x16)
+
+
+@block_unpackers.register(Q5_0)
+def unpack_q5_0(layout, w, row_bytes, codes, d, m):
+    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_nibbles(w + 6, row_bytes, codes)
+    add_fifth_bits(columns_of_sixteen(w + 2, row_bytes)[0], codes)
+
+
+@quad_blocks.register(Q5_1)
+def quad_q5_1(layout, block, row_bytes):
+    x, header = load_quad(block + 8, row_bytes), load_quad(block, row_bytes)
+    low = low_four(x) | raised(each_bit(five_1_low(header)), 4)
+    high = high_four(x) | raised(each_bit(five_1_high(header)), 4)
+    return low, high, first_half(header), second_half(header) * MINUS_EIGHTH
+
+
+@block_unpackers.register(Q5_1)
+def unpack_q5_1(layout, w, row_bytes, codes, d, m):
+    halves, bits, _, _ = columns_of_sixteen(w, row_bytes)
+    unpack_halves(halves, d, m)
+    unpack_nibbles(w + 8, row_bytes, codes)
+    add_fifth_bits(bits, codes)
+
+
+@quad_blocks.register(MXFP4)
+def quad_mxfp4(layout, block, row_bytes):
+    x, header = load_quad(block + 1, row_bytes), load_quad(block, row_bytes)
+    d = exponent_scale(bitcast(u32x16, exponent_of_header(header)))
+    return mxfp4_codes(low_four(x)), mxfp4_codes(high_four(x)), d, zero(f32x16)
+
+
+@block_unpackers.register(MXFP4)
+def unpack_mxfp4(layout, w, row_bytes, codes, d, m):
+    headers = columns_of_sixteen(w, row_bytes)[0]
+    store(d, exponent_scale(headers & np.uint32(0xFF)))
+    unpack_nibbles(w + 1, row_bytes, codes)
+    for k in range(8):
+        store(codes + 64 * k, mxfp4_codes(load(u8x64, codes + 64 * k)))
+
+
+@quad_blocks.register(IQ4_NL)
+def quad_iq4_nl(layout, block, row_bytes):
+    x, header = load_quad(block + 2, row_bytes), load_quad(block, row_bytes)
+    low, high = full_codes(low_four(x)), full_codes(high_four(x))
+    return low, high, first_half(header), zero(f32x16)
+
+
+@block_unpackers.register(IQ4_NL)
+def unpack_iq4_nl(layout, w, row_bytes, codes, d, m):
+    unpack_q4_0(layout, w, row_bytes, codes, d, m)
+    for k in range(8):
+        store(codes + 64 * k, full_codes(load(u8x64, codes + 64 * k)))
+
+
+@quad_blocks.register(Q8_0)
+def quad_q8_0(layout, block, row_bytes):
+    x, y = load_quad(block + 2, row_bytes), load_quad(block + 18, row_bytes)
+    header = load_quad(block, row_bytes)
+    return x ^ BIAS, y ^ BIAS, first_half(header), zero(f32x16)
+
+
+@block_unpackers.register(Q8_0)
+def unpack_q8_0(layout, w, row_bytes, codes, d, m):
+    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    for half in range(2):
+        pieces = columns_of_sixteen(w + 2 + 16 * half, row_bytes)
+        for i, piece in enumerate(pieces):
+            store(codes + 64 * (4 * half + i), bitcast(u8x64, piece) ^ BIAS)
+
+
+# ---- four rows ----
+
+
+@inner
+def sums_at(columns, b):
+    """Where in a record -8 times the sum of block b is."""
+    return columns + columns // BLOCK * 4 + 4 * b
+
+
+@inner
+def scale_at(columns, b):
+    return columns + 4 * b
+
+
+@inner
+def small_quad(layout, tile, block, row_bytes, rows, at):
+    """Sums of a block of small codes, and the block's d and m."""
+    x, y, d, m = quad_block(layout, block, row_bytes)
+    sums = zero_sums(tile)
+    dots = quad_dot(quad_dot(begin_dots(sums), x, rows, at), y, rows, at + 16)
+    return fold_quads(end_dots(sums, dots)), d, m
+
+
+@inner
+def full_quad(layout, tile, block, row_bytes, rows, at):
+    """Sums of a block of full bytes, and the block's d."""
+    x, y, d, _ = quad_block(layout, block, row_bytes)
+    sums = zero_sums(tile)
+    sums = end_dots(sums, quad_dot_bytes(begin_dots(sums), x, rows, at))
+    sums = end_dots(sums, quad_dot_bytes(begin_dots(sums), y, rows, at + 16))
+    return fold_quads(sums), d
+
+
+@inner
+def small_quads(layout, block_bytes, factor, tile, w, row_bytes, ahead, columns, rows):
+    """Small codes with an offset: `factor` times what the records hold is added."""
+    totals = zero_floats(tile)
+    for b in range(columns // BLOCK):
+        if b % 8 == 0:
+            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
+        block, at = w + block_bytes * b, BLOCK * b
+        sums, d, _ = small_quad(layout, tile, block, row_bytes, rows, at)
+        sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), factor), 1)
+        totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
+    return totals
+
+
+@inner
+def quads_with_min(layout, block_bytes, tile, w, row_bytes, ahead, columns, rows):
+    """Small codes with a minimum."""
+    totals = zero_floats(tile)
+    for b in range(columns // BLOCK):
+        if b % 8 == 0:
+            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
+        block, at = w + block_bytes * b, BLOCK * b
+        sums, d, m = small_quad(layout, tile, block, row_bytes, rows, at)
+        below = spread(tile, rows, sums_at(columns, b), 1)
+        totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
+        totals = add_scaled(totals, below, m, rows, scale_at(columns, b))
+    return totals
+
+
+@inner
+def full_quads(layout, block_bytes, tile, w, row_bytes, ahead, columns, rows):
+    """Full bytes."""
+    totals = zero_floats(tile)
+    for b in range(columns // BLOCK):
+        if b % 8 == 0:
+            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
+        block, at = w + block_bytes * b, BLOCK * b
+        sums, d = full_quad(layout, tile, block, row_bytes, rows, at)
+        sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), BIAS_FACTOR), 1)
+        totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
+    return totals
+
+
+# ---- sixteen rows ----
+
+
+@inner
+def unpack_blocks(layout, block_bytes, w, row_bytes, columns, panel):
+    for b in range(columns // BLOCK):
+        d, m = panel + D + 64 * b, panel + M + 64 * b
+        unpack_block(layout, w + block_bytes * b, row_bytes, panel + 512 * b, d, m)
+
+
+@inner
+def small_dots(sums, codes, rows, at):
+    """sums + a block of small codes."""
+    for first in range(0, 8, STEPS_SMALL):
+        dots = begin_dots(sums)
+        for i in range(STEPS_SMALL):
+            k = first + i
+            dots = wide_dot(dots, load(u8x64, codes + 64 * k), rows, at + 4 * k)
+        sums = end_dots(sums, dots)
+    return sums
+
+
+@inner
+def small_panel(factor, tile, panel, rows, columns, start, size, totals):
+    total = load_floats(tile, totals)
+    for i in range(size // BLOCK):
+        b = start // BLOCK + i
+        sums = spread(tile, rows, sums_at(columns, b), factor)
+        sums = small_dots(sums, panel + 512 * i, rows, BLOCK * b)
+        d = load(f32x16, panel + D + 64 * i)
+        total = add_scaled(total, sums, d, rows, scale_at(columns, b))
+    store_floats(totals, total)
+
+
+@inner
+def panel_with_min(tile, panel, rows, columns, start, size, totals):
+    total = load_floats(tile, totals)
+    for i in range(size // BLOCK):
+        b = start // BLOCK + i
+        sums = small_dots(zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
+        below = spread(tile, rows, sums_at(columns, b), 1)
+        d, m = load(f32x16, panel + D + 64 * i), load(f32x16, panel + M + 64 * i)
+        total = add_scaled(total, sums, d, rows, scale_at(columns, b))
+        total = add_scaled(total, below, m, rows, scale_at(columns, b))
+    store_floats(totals, total)
+
+
+@inner
+def full_panel(tile, panel, rows, columns, start, size, totals):
+    total = load_floats(tile, totals)
+    for i in range(size // BLOCK):
+        b = start // BLOCK + i
+        sums = spread(tile, rows, sums_at(columns, b), BIAS_FACTOR)
+        for first in range(0, 8, STEPS_FULL):
+            dots = begin_dots(sums)
+            for j in range(STEPS_FULL):
+                k = first + j
+                piece = load(u8x64, panel + 512 * i + 64 * k)
+                dots = wide_dot_bytes(dots, piece, rows, BLOCK * b + 4 * k)
+            sums = end_dots(sums, dots)
+        d = load(f32x16, panel + D + 64 * i)
+        total = add_scaled(total, sums, d, rows, scale_at(columns, b))
+    store_floats(totals, total)
+
+
+# ---- formats ----
+
+
+@quads.register(Q4_0)
+def q4_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return small_quads(Q4_0, 18, 1, tile, w, row_bytes, ahead, columns, rows)
 
 
 @unpackers.register(Q4_0)
-def unpack_q4_0(layout, block, panel):
-    d = load_f16(block)
-    store(panel, halves_of_bytes(load(u8x16, block + 2)))
-    store_f32(panel + D, d)
-    store_f32(panel + C, d * np.float32(-8))
+def q4_0_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(Q4_0, 18, w, row_bytes, columns, panel)
 
 
-@inner
-def five_bit_codes(high, low):
-    """Bit i of the word `high` above nibble i of the 16 bytes at `low`."""
-    return halves_of_bytes(load(u8x16, low)) | (byte_bits(high) << np.uint8(4))
-
-
-@unpackers.register(Q5_0)
-def unpack_q5_0(layout, block, panel):
-    d = load_f16(block)
-    store(panel, five_bit_codes(load_u32(block + 2), block + 6))
-    store_f32(panel + D, d)
-    store_f32(panel + C, d * np.float32(-16))
-
-
-@unpackers.register(Q5_1)
-def unpack_q5_1(layout, block, panel):
-    store(panel, five_bit_codes(load_u32(block + 4), block + 8))
-    store_f32(panel + D, load_f16(block))
-    store_f32(panel + C, load_f16(block + 2))
-
-
-@dots.register(Q4_0)
-@dots.register(Q5_0)
-@dots.register(Q5_1)
-def unsigned(layout, panel, activations):
-    return dot_small(load(u8x32, panel), load(i8x32, activations))
-
-
-@dots.register(Q8_0)
-def signed(layout, panel, activations):
-    return dot_signed(bitcast(i8x32, load(u8x32, panel)), load(i8x32, activations))
-
-
-@inner
-def one_token(layout, panel, blocks, a, out):
-    """One row times one token: its activation record is at a."""
-    scales = a + BLOCK * blocks
-    sums = scales + 4 * blocks
-    total, offset = zero(f32x8), np.float32(0)
-    for b in range(blocks):
-        p = panel + PANEL * b
-        factor = load_f32(p + D) * load_f32(scales + 4 * b)
-        total = fma(convert(f32x8, dot(layout, p, a + BLOCK * b)), factor, total)
-        offset = fma(load_f32(p + C), load_f32(sums + 4 * b), offset)
-    store_f32(out, lane_sum(total) + offset)
-
-
-@inner
-def multiply(
-    layout,
-    block_bytes,
-    w,
-    row_bytes,
-    rows,
-    columns,
-    a,
-    a_bytes,
-    i,
-    out,
-    o_bytes,
-    o,
-    tokens,
-    s,
-):
-    """The loop nest of all four formats; arguments as in `dot`, `s` the scratch."""
-    blocks = columns // BLOCK
-    row_panel = PANEL * blocks
-    group = 1 if tokens == 1 else ROWS
-    for start in range(0, rows, group):
-        count = min(group, rows - start)
-        for r in range(count):
-            for b in range(blocks):
-                block = w + (start + r) * row_bytes + b * block_bytes
-                unpack(layout, block, s + r * row_panel + b * PANEL)
-        for t in range(tokens):
-            a0, o0 = row_at(a, a_bytes, i, t), row_at(out, o_bytes, o, t)
-            for r in range(count):
-                one_token(layout, s + r * row_panel, blocks, a0, o0 + 4 * (start + r))
-
-
-def scratch_bytes(columns: int) -> int:
-    """Scratch that `multiply` needs for rows of so many columns."""
-    return ROWS * PANEL * (columns // BLOCK)
-
-
-@row_kernel
-def multiply_q8_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q8_0, 34, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+@panels.register(Q4_0)
+def q4_0_panel(layout, tile, panel, rows, columns, start, size, totals):
+    small_panel(1, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
 def multiply_q4_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q4_0, 18, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+    multiply(Q4_0, 8 * 18, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(Q4_1)
+def q4_1_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return quads_with_min(Q4_1, 20, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(Q4_1)
+def q4_1_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(Q4_1, 20, w, row_bytes, columns, panel)
+
+
+@panels.register(Q4_1)
+def q4_1_panel(layout, tile, panel, rows, columns, start, size, totals):
+    panel_with_min(tile, panel, rows, columns, start, size, totals)
+
+
+@row_kernel
+def multiply_q4_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    multiply(Q4_1, 8 * 20, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(Q5_0)
+def q5_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return small_quads(Q5_0, 22, 2, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(Q5_0)
+def q5_0_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(Q5_0, 22, w, row_bytes, columns, panel)
+
+
+@panels.register(Q5_0)
+def q5_0_panel(layout, tile, panel, rows, columns, start, size, totals):
+    small_panel(2, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
 def multiply_q5_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q5_0, 22, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+    multiply(Q5_0, 8 * 22, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(Q5_1)
+def q5_1_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return quads_with_min(Q5_1, 24, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(Q5_1)
+def q5_1_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(Q5_1, 24, w, row_bytes, columns, panel)
+
+
+@panels.register(Q5_1)
+def q5_1_panel(layout, tile, panel, rows, columns, start, size, totals):
+    panel_with_min(tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
 def multiply_q5_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q5_1, 24, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+    multiply(Q5_1, 8 * 24, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(MXFP4)
+def mxfp4_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return small_quads(MXFP4, 17, 2, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(MXFP4)
+def mxfp4_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(MXFP4, 17, w, row_bytes, columns, panel)
+
+
+@panels.register(MXFP4)
+def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals):
+    small_panel(2, tile, panel, rows, columns, start, size, totals)
+
+
+@row_kernel
+def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    multiply(MXFP4, 8 * 17, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(IQ4_NL)
+def iq4_nl_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return full_quads(IQ4_NL, 18, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(IQ4_NL)
+def iq4_nl_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(IQ4_NL, 18, w, row_bytes, columns, panel)
+
+
+@panels.register(IQ4_NL)
+def iq4_nl_panel(layout, tile, panel, rows, columns, start, size, totals):
+    full_panel(tile, panel, rows, columns, start, size, totals)
+
+
+@row_kernel
+def multiply_iq4_nl(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    multiply(IQ4_NL, 8 * 18, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@quads.register(Q8_0)
+def q8_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
+    return full_quads(Q8_0, 34, tile, w, row_bytes, ahead, columns, rows)
+
+
+@unpackers.register(Q8_0)
+def q8_0_unpack(layout, w, row_bytes, columns, panel):
+    unpack_blocks(Q8_0, 34, w, row_bytes, columns, panel)
+
+
+@panels.register(Q8_0)
+def q8_0_panel(layout, tile, panel, rows, columns, start, size, totals):
+    full_panel(tile, panel, rows, columns, start, size, totals)
+
+
+@row_kernel
+def multiply_q8_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    multiply(Q8_0, 8 * 34, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)

@@ -1,15 +1,14 @@
 """Products for F32, F16 and BF16 weights with float32 activations.
 
-Sixteen columns at a time into one vector of partial sums, folded once per row; columns beyond a
-multiple of sixteen go through a masked load, so any length will do.
+Sixteen columns at a time into one vector of partial sums per row and token, folded once; then the
+columns beyond a multiple of sixteen. Four rows meet four tokens at a time.
 """
 
-from ondevice.kernels.dot.tile import ByLayout, Layout, row_at
+from ondevice.kernels.dot.tile import FOUR, ByLayout, Layout, row_at, rows_at
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
     f32x16,
     fma,
-    lane_sum,
     load,
     load_bf16,
     load_bfloats,
@@ -17,8 +16,8 @@ from ondevice.kernels.simd import (
     load_f32,
     load_halves,
     store_f32,
-    zero,
 )
+from ondevice.kernels.tiles import add_products, store_folded, tile1, tile4, zero_floats
 from quant.jit import inner
 
 F32, F16, BF16 = Layout("F32"), Layout("F16"), Layout("BF16")
@@ -69,62 +68,75 @@ def single_bf16(layout, address):
 
 
 @inner
-def one_token(layout, size, w, columns, a, out):
-    """One row times one token; size is the bytes of a weight."""
-    whole = columns // 16 * 16
-    total = zero(f32x16)
-    for c in range(0, whole, 16):
-        total = fma(sixteen(layout, w + size * c), load(f32x16, a + 4 * c), total)
-    rest = lane_sum(total)
-    for c in range(whole, columns):
-        rest = fma(single(layout, w + size * c), load_f32(a + 4 * c), rest)
-    store_f32(out, rest)
+def four_rows(layout, size, tile, w, row_bytes, columns, records, results):
+    """Four rows times the tile's tokens; size is the bytes of a weight."""
+    totals0, totals1 = zero_floats(tile), zero_floats(tile)
+    totals2, totals3 = zero_floats(tile), zero_floats(tile)
+    w1, w2, w3 = w + row_bytes, w + 2 * row_bytes, w + 3 * row_bytes
+    for c in range(0, columns // 16 * 16, 16):
+        totals0 = add_products(totals0, sixteen(layout, w + size * c), records, 4 * c)
+        totals1 = add_products(totals1, sixteen(layout, w1 + size * c), records, 4 * c)
+        totals2 = add_products(totals2, sixteen(layout, w2 + size * c), records, 4 * c)
+        totals3 = add_products(totals3, sixteen(layout, w3 + size * c), records, 4 * c)
+    store_folded(totals0, results, 0)
+    store_folded(totals1, results, 4)
+    store_folded(totals2, results, 8)
+    store_folded(totals3, results, 12)
 
 
 @inner
-def four_tokens(layout, size, w, columns, a0, a1, a2, a3, out0, out1, out2, out3):
-    """One row times four tokens: `one_token` four times over, each weight loaded once."""
-    whole = columns // 16 * 16
-    total0, total1, total2, total3 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
-    for c in range(0, whole, 16):
-        x = sixteen(layout, w + size * c)
-        total0 = fma(x, load(f32x16, a0 + 4 * c), total0)
-        total1 = fma(x, load(f32x16, a1 + 4 * c), total1)
-        total2 = fma(x, load(f32x16, a2 + 4 * c), total2)
-        total3 = fma(x, load(f32x16, a3 + 4 * c), total3)
-    rest0, rest1 = lane_sum(total0), lane_sum(total1)
-    rest2, rest3 = lane_sum(total2), lane_sum(total3)
-    for c in range(whole, columns):
-        y = single(layout, w + size * c)
-        rest0 = fma(y, load_f32(a0 + 4 * c), rest0)
-        rest1 = fma(y, load_f32(a1 + 4 * c), rest1)
-        rest2 = fma(y, load_f32(a2 + 4 * c), rest2)
-        rest3 = fma(y, load_f32(a3 + 4 * c), rest3)
-    store_f32(out0, rest0)
-    store_f32(out1, rest1)
-    store_f32(out2, rest2)
-    store_f32(out3, rest3)
+def one_row(layout, size, tile, w, columns, records, results):
+    """One row times the tile's tokens, in the same order."""
+    totals = zero_floats(tile)
+    for c in range(0, columns // 16 * 16, 16):
+        totals = add_products(totals, sixteen(layout, w + size * c), records, 4 * c)
+    store_folded(totals, results, 0)
+
+
+@inner
+def add_rest(layout, size, w, columns, record, result):
+    """Columns beyond a multiple of sixteen, one after the other."""
+    total = load_f32(result)
+    for c in range(columns // 16 * 16, columns):
+        total = fma(single(layout, w + size * c), load_f32(record + 4 * c), total)
+    store_f32(result, total)
+
+
+@inner
+def all_rows(layout, size, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t):
+    """All rows times the tile's tokens, from token t on."""
+    records = rows_at(tile, a, a_bytes, i, t)
+    r = 0
+    while r + 4 <= rows:
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
+        four_rows(layout, size, tile, w + r * row_bytes, row_bytes, columns, records, results)
+        r += 4
+    while r < rows:
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
+        one_row(layout, size, tile, w + r * row_bytes, columns, records, results)
+        r += 1
 
 
 @inner
 def multiply(layout, size, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens):
     """The loop nest of all three formats; arguments as in `dot`."""
     t = 0
-    while t + 4 <= tokens:
-        a0, a1 = row_at(a, a_bytes, i, t), row_at(a, a_bytes, i, t + 1)
-        a2, a3 = row_at(a, a_bytes, i, t + 2), row_at(a, a_bytes, i, t + 3)
-        o0, o1 = row_at(out, o_bytes, o, t), row_at(out, o_bytes, o, t + 1)
-        o2, o3 = row_at(out, o_bytes, o, t + 2), row_at(out, o_bytes, o, t + 3)
-        for r in range(rows):
-            row = w + r * row_bytes
-            b0, b1, b2, b3 = o0 + 4 * r, o1 + 4 * r, o2 + 4 * r, o3 + 4 * r
-            four_tokens(layout, size, row, columns, a0, a1, a2, a3, b0, b1, b2, b3)
-        t += 4
+    if FOUR:
+        while t + 4 <= tokens:
+            all_rows(
+                layout, size, tile4, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
+            )
+            t += 4
     while t < tokens:
-        a0, o0 = row_at(a, a_bytes, i, t), row_at(out, o_bytes, o, t)
-        for r in range(rows):
-            one_token(layout, size, w + r * row_bytes, columns, a0, o0 + 4 * r)
+        all_rows(
+            layout, size, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
+        )
         t += 1
+    if columns % 16 != 0:
+        for t in range(tokens):
+            record, result = row_at(a, a_bytes, i, t), row_at(out, o_bytes, o, t)
+            for r in range(rows):
+                add_rest(layout, size, w + r * row_bytes, columns, record, result + 4 * r)
 
 
 @row_kernel

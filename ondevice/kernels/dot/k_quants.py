@@ -1,254 +1,460 @@
-"""Products for the 256-weight formats Q4_K, Q5_K, Q6_K with int8 activations scaled per 256.
+"""Products for the formats of 256 weights, with int8 activations scaled per 256.
 
-A superblock is first unpacked to a *panel* of 576 bytes
+With activation codes a, activation scale y, and sums of activation codes s, superblock by
+superblock, both sums exact in int32:
 
-      0  codes   4 x 64 u8       in the order of the weights
-    256  scales  4 x 32 i16      one lane for two codes
-    512  mins    16 i16          one for 16 codes
-    544  d, 548  dmin            f32
+    Q4_K, Q5_K   w . a += y d (scales . codes . a);  w . a += y (-dmin) (mins . s), s over 32 codes
+    Q6_K         w . a += y d (scales . codes . a - 32 scales . s), s over 16 codes
+    IQ4_XS       w . a += y d (scales . values . a), values from a table
 
-and then, with activation codes a, activation scale y and sums of 16 activation codes s,
-
-    w . a = sum over superblocks of  y d (scales . codes . a)  -  y dmin (mins . s)
-
-Both integer sums are exact. They stay spread over lanes and are added up in float lanes that are
-folded once per row, in a fixed tree. Q6_K's offset of 32 is a min: dmin = 32 d, mins = scales.
-Block layouts: quant/q4_k.py, q5_k.py, q6_k.py.
+Block layouts: quant/q4_k.py, q5_k.py, q6_k.py, iq4_xs.py.
 """
+
+from typing import Any
 
 import numpy as np
 
-from ondevice.kernels.dot.tile import ROWS, ByLayout, Layout, row_at
+from ondevice.kernels.dot.tile import (
+    PAIRS,
+    SCALES,
+    D,
+    Layout,
+    M,
+    ask,
+    columns_of_sixteen,
+    full_codes,
+    high_four,
+    low_four,
+    lowered,
+    multiply,
+    panels,
+    quads,
+    raised,
+    unpackers,
+)
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
-    bit_field,
     bitcast,
-    convert,
-    dot_scaled,
-    dot_words,
-    f32x8,
+    byte_shuffle,
     f32x16,
-    fma,
-    four_words,
-    i8x16,
-    i8x64,
-    i16x16,
+    half_in_each,
+    half_words,
     i16x32,
     i32x16,
     lane_shuffle,
-    lane_sum,
     load,
-    load_f16,
-    load_f32,
-    load_u32,
-    nibbles,
-    prefetch,
+    load_quad,
     store,
-    store_f32,
-    u8x16,
-    u8x32,
     u8x64,
+    u32x16,
+    word_fields,
     zero,
+)
+from ondevice.kernels.tiles import (
+    BIASED,
+    add_dots,
+    add_multiple,
+    add_scaled,
+    dots_scale,
+    fold_quads,
+    load_floats,
+    quad_dot_bytes,
+    quad_dot_scaled,
+    quad_dot_words,
+    spread_words,
+    steps,
+    store_floats,
+    wide_dot,
+    wide_dot_bytes,
+    wide_dot_words,
+    zero_dots,
+    zero_floats,
+    zero_sums,
 )
 from quant.jit import inner
 
 SUPERBLOCK = 256
-PANEL = 576
-SCALES, MINS, D, DMIN = 256, 512, 544, 548
-AHEAD = 4096  # bytes between what is unpacked and what is asked of memory
-Q4_K, Q5_K, Q6_K = Layout("Q4_K"), Layout("Q5_K"), Layout("Q6_K")
+Q4_K, Q5_K, Q6_K, IQ4_XS = (Layout(name) for name in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
+STEPS_4, STEPS_5, STEPS_6, STEPS_FULL = steps(15, 8), steps(31, 8), steps(63, 4), steps(128, 8)
 
-_Q5_HIGH = [bit_field((2 * j, 2 * j + 1), 1) for j in range(4)]
-q5_high_0, q5_high_1, q5_high_2, q5_high_3 = _Q5_HIGH
-q6_high_low, q6_high_high = bit_field((0, 2), 3), bit_field((4, 6), 3)
+# a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
+header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])
+header_high = byte_shuffle([None] * 4 + [*range(4, 8)] + [None] * 4 + [*range(8, 12)])
+low_fields = word_fields((0, 0, 0, 4), (0x3F, 0x0F, 0x3F, 0x0F))
+high_fields = word_fields((2, 2, 2, 2), (0x30, 0x30, 0x30, 0x30))
+mins_as_words = byte_shuffle([place for j in range(8) for place in (8 + j, None)])
+d_of_header, dmin_of_header = half_in_each(0), half_in_each(2)
+scale_even, scale_odd = byte_shuffle([0, None] * 8), byte_shuffle([1, None] * 8)
 
-_PAIR = [lane_shuffle([2 * j] * 16 + [2 * j + 1] * 16) for j in range(4)]
-pair_0, pair_1, pair_2, pair_3 = _PAIR
-_QUAD = [lane_shuffle([4 * j + lane // 8 for lane in range(32)]) for j in range(4)]
-quad_0, quad_1, quad_2, quad_3 = _QUAD
-mins_twice = lane_shuffle([8 + lane // 2 for lane in range(16)])
+first_words = lane_shuffle([4 * (lane // 4) for lane in range(16)])
+second_words = lane_shuffle([4 * (lane // 4) + 1 for lane in range(16)])
+
+# signed bytes go into the upper halves of words and are shifted down
+_SIGNED = [byte_shuffle([None, j] * 8) for j in (0, 2, 4, 6)]
+signed_0, signed_2, signed_4, signed_6 = _SIGNED
+first_signed = byte_shuffle([place for j in range(8) for place in (None, j)])
+last_signed = byte_shuffle([place for j in range(8, 16) for place in (None, j)])
+d_at_the_end = half_in_each(14)
 
 
-def unpack(layout, block, panel):
-    """One superblock of `layout` at `block` -> its panel."""
-    raise NotImplementedError("only inside compiled kernels")
+def _moved(count: int) -> Any:
+    return byte_shuffle([*range(count, 16), *[None] * count])
 
 
-unpackers = ByLayout(unpack)
+one_on, two_on, six_on = _moved(1), _moved(2), _moved(6)
+
+
+# ---- four rows ----
 
 
 @inner
-def unpack_scales(block, panel):
-    """The 6-bit scales and mins of Q4_K and Q5_K, and d and dmin."""
-    u0, u1, u2 = load_u32(block + 4), load_u32(block + 8), load_u32(block + 12)
-    low, high = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
-    six = np.uint32(0x3F3F3F3F)
-    two, four = np.uint32(2), np.uint32(4)
-    packed = four_words(
-        u0 & six,
-        (u2 & low) | ((u0 >> two) & high),
-        u1 & six,
-        ((u2 >> four) & low) | ((u1 >> two) & high),
-    )
-    values = convert(i16x16, bitcast(u8x16, packed))
-    store(panel + SCALES, pair_0(values))
-    store(panel + SCALES + 64, pair_1(values))
-    store(panel + SCALES + 128, pair_2(values))
-    store(panel + SCALES + 192, pair_3(values))
-    store(panel + MINS, mins_twice(values))
-    store_f32(panel + D, load_f16(block))
-    store_f32(panel + DMIN, load_f16(block + 2))
+def words(x):
+    return bitcast(i16x32, x)
+
+
+@inner
+def signed_words(x):
+    return bitcast(i16x32, x) >> np.int16(8)
+
+
+@inner
+def scales_at(columns):
+    """Where in a record the scales are; in the same way below."""
+    return columns
+
+
+@inner
+def sums_of_16_at(columns):
+    return columns + columns // SUPERBLOCK * 4
+
+
+@inner
+def sums_of_32_at(columns):
+    return columns + columns // SUPERBLOCK * 36
+
+
+@inner
+def six_bit_fields(header):
+    """A quad of headers -> in each quarter 8 scales, then 8 mins."""
+    return low_fields(header_low(header)) | high_fields(header_high(header))
+
+
+@inner
+def add_quads(totals, empty_sums, sums, header, fields, rows, columns, b):
+    """The end of a superblock of Q4_K and Q5_K: its mins and the float sums."""
+    y_at = scales_at(columns) + 4 * b
+    mins = words(mins_as_words(fields))
+    below = quad_dot_words(empty_sums, mins, rows, sums_of_32_at(columns) + 16 * b)
+    totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
+    minus_dmin = zero(f32x16) - dmin_of_header(header)
+    return add_scaled(totals, fold_quads(below), minus_dmin, rows, y_at)
+
+
+@quads.register(Q4_K)
+def quad_q4_k(layout, tile, w, row_bytes, ahead, columns, rows):
+    totals = zero_floats(tile)
+    for b in range(columns // SUPERBLOCK):
+        block = w + 144 * b
+        ask(ahead + 4 * 144 * b, 4 * 144)
+        header = load_quad(block, row_bytes)
+        fields = six_bit_fields(header)
+        scales, sums = fields, zero_sums(tile)
+        for j in range(4):
+            x = load_quad(block + 16 + 32 * j, row_bytes)
+            y = load_quad(block + 32 + 32 * j, row_bytes)
+            even, odd = words(scale_even(scales)), words(scale_odd(scales))
+            at = SUPERBLOCK * b + 64 * j
+            sums = quad_dot_scaled(sums, low_four(x), rows, at, even)
+            sums = quad_dot_scaled(sums, low_four(y), rows, at + 16, even)
+            sums = quad_dot_scaled(sums, high_four(x), rows, at + 32, odd)
+            sums = quad_dot_scaled(sums, high_four(y), rows, at + 48, odd)
+            scales = two_on(scales)
+        totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
+    return totals
+
+
+@quads.register(Q5_K)
+def quad_q5_k(layout, tile, w, row_bytes, ahead, columns, rows):
+    totals, sixteen = zero_floats(tile), np.uint8(16)
+    for b in range(columns // SUPERBLOCK):
+        block = w + 176 * b
+        ask(ahead + 4 * 176 * b, 4 * 176)
+        header = load_quad(block, row_bytes)
+        fields = six_bit_fields(header)
+        scales, sums = fields, zero_sums(tile)
+        # bit 2 j of a byte is moved to bit 4
+        fifth_x, fifth_y = load_quad(block + 16, row_bytes), load_quad(block + 32, row_bytes)
+        for j in range(4):
+            x = load_quad(block + 48 + 32 * j, row_bytes)
+            y = load_quad(block + 64 + 32 * j, row_bytes)
+            even, odd = words(scale_even(scales)), words(scale_odd(scales))
+            at = SUPERBLOCK * b + 64 * j
+            code = low_four(x) | (raised(fifth_x, 4) & sixteen)
+            sums = quad_dot_scaled(sums, code, rows, at, even)
+            code = low_four(y) | (raised(fifth_y, 4) & sixteen)
+            sums = quad_dot_scaled(sums, code, rows, at + 16, even)
+            code = high_four(x) | (raised(fifth_x, 3) & sixteen)
+            sums = quad_dot_scaled(sums, code, rows, at + 32, odd)
+            code = high_four(y) | (raised(fifth_y, 3) & sixteen)
+            sums = quad_dot_scaled(sums, code, rows, at + 48, odd)
+            scales, fifth_x, fifth_y = two_on(scales), lowered(fifth_x, 2), lowered(fifth_y, 2)
+        totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
+    return totals
+
+
+@quads.register(Q6_K)
+def quad_q6_k(layout, tile, w, row_bytes, ahead, columns, rows):
+    totals, upper = zero_floats(tile), np.uint8(0x30)
+    for b in range(columns // SUPERBLOCK):
+        block = w + 210 * b
+        ask(ahead + 4 * 210 * b, 4 * 210)
+        all_scales = load_quad(block + 192, row_bytes)
+        scales, sums = all_scales, zero_sums(tile)
+        for half in range(2):
+            for part in range(2):
+                x = load_quad(block + 64 * half + 16 * part, row_bytes)
+                y = load_quad(block + 64 * half + 32 + 16 * part, row_bytes)
+                high = load_quad(block + 128 + 32 * half + 16 * part, row_bytes)
+                at = SUPERBLOCK * b + 128 * half + 16 * part
+                code = low_four(x) | (raised(high, 4) & upper)
+                sums = quad_dot_scaled(sums, code, rows, at, signed_words(signed_0(scales)))
+                code = low_four(y) | (raised(high, 2) & upper)
+                sums = quad_dot_scaled(sums, code, rows, at + 32, signed_words(signed_2(scales)))
+                code = high_four(x) | (high & upper)
+                sums = quad_dot_scaled(sums, code, rows, at + 64, signed_words(signed_4(scales)))
+                code = high_four(y) | (lowered(high, 2) & upper)
+                sums = quad_dot_scaled(sums, code, rows, at + 96, signed_words(signed_6(scales)))
+                scales = one_on(scales)
+            scales = six_on(scales)
+        at = sums_of_16_at(columns) + 32 * b
+        surplus = zero_sums(tile)
+        surplus = quad_dot_words(surplus, signed_words(first_signed(all_scales)), rows, at)
+        surplus = quad_dot_words(surplus, signed_words(last_signed(all_scales)), rows, at + 16)
+        sums = fold_quads(add_multiple(sums, surplus, -32))
+        d = d_at_the_end(load_quad(block + 194, row_bytes))
+        totals = add_scaled(totals, sums, d, rows, scales_at(columns) + 4 * b)
+    return totals
+
+
+@inner
+def iq4_xs_scale(first, second, j):
+    """Scale j of the rows whose blocks begin with these two words (u32x16), as `add_dots` takes it.
+
+    The words hold d, then the scales' upper 2 bits; their lower 4 bits.
+    """
+    upper = (first >> np.uint32(16 + 2 * j)) & np.uint32(3)
+    lower = (second >> np.uint32(4 * j)) & np.uint32(15)
+    return dots_scale(bitcast(i32x16, lower | (upper << np.uint32(4))) - np.int32(32))
+
+
+@quads.register(IQ4_XS)
+def quad_iq4_xs(layout, tile, w, row_bytes, ahead, columns, rows):
+    totals = zero_floats(tile)
+    for b in range(columns // SUPERBLOCK):
+        block = w + 136 * b
+        ask(ahead + 4 * 136 * b, 4 * 136)
+        header = load_quad(block, row_bytes)
+        first, second = first_words(bitcast(u32x16, header)), second_words(bitcast(u32x16, header))
+        sums = zero_sums(tile)
+        for j in range(8):
+            scale = iq4_xs_scale(first, second, j)
+            x = load_quad(block + 8 + 16 * j, row_bytes)
+            low, high = full_codes(low_four(x)), full_codes(high_four(x))
+            at = SUPERBLOCK * b + 32 * j
+            if BIASED:
+                # four lanes of a quarter share the 128
+                dots = spread_words(tile, rows, sums_of_32_at(columns) + at // 16, -32)
+                dots = quad_dot_bytes(quad_dot_bytes(dots, low, rows, at), high, rows, at + 16)
+                sums = add_dots(sums, dots, scale)
+            else:
+                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), low, rows, at), scale)
+                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), high, rows, at + 16), scale)
+        y_at = scales_at(columns) + 4 * b
+        totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
+    return totals
+
+
+# ---- sixteen rows ----
+
+
+@inner
+def unpack_header(w, row_bytes, panel):
+    """Scales, mins, d and -dmin of Q4_K and Q5_K."""
+    halves, u0, u1, u2 = columns_of_sixteen(w, row_bytes)
+    six, four = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F)
+    two = np.uint32(0x30303030)
+    unpack_scales(u0 & six, panel, 0)
+    unpack_scales((u2 & four) | ((u0 >> np.uint32(2)) & two), panel, 4)
+    unpack_mins(u1 & six, panel + PAIRS)
+    unpack_mins(((u2 >> np.uint32(4)) & four) | ((u1 >> np.uint32(2)) & two), panel + PAIRS + 128)
+    store(panel + D, half_words(halves, np.uint32(0)))
+    store(panel + M, zero(f32x16) - half_words(halves, np.uint32(16)))
+
+
+@inner
+def unpack_scales(bytes_of_rows, panel, first):
+    """Four scales of each row."""
+    for i in range(4):
+        scale = (bytes_of_rows >> np.uint32(8 * i)) & np.uint32(0xFF)
+        store(panel + SCALES + 64 * (first + i), dots_scale(bitcast(i32x16, scale)))
+
+
+@inner
+def unpack_mins(bytes_of_rows, pairs):
+    """Four mins of each row, as two pairs of words."""
+    for i in range(2):
+        both = bytes_of_rows >> np.uint32(16 * i)
+        low, high = both & np.uint32(0xFF), (both << np.uint32(8)) & np.uint32(0xFF0000)
+        store(pairs + 64 * i, low | high)
 
 
 @unpackers.register(Q4_K)
-def unpack_q4_k(layout, block, panel):
-    prefetch(block + AHEAD)
-    prefetch(block + AHEAD + 64)
-    unpack_scales(block, panel)
+def unpack_q4_k(layout, w, row_bytes, columns, panel):
+    unpack_header(w, row_bytes, panel)
+    four = np.uint32(0x0F0F0F0F)
     for j in range(4):
-        store(panel + 64 * j, nibbles(load(u8x32, block + 16 + 32 * j)))
+        for part in range(2):
+            pieces = columns_of_sixteen(w + 16 + 32 * j + 16 * part, row_bytes)
+            to = panel + 64 * (16 * j + 4 * part)
+            for i, piece in enumerate(pieces):
+                store(to + 64 * i, piece & four)
+                store(to + 64 * (8 + i), (piece >> np.uint32(4)) & four)
 
 
 @unpackers.register(Q5_K)
-def unpack_q5_k(layout, block, panel):
-    prefetch(block + AHEAD)
-    prefetch(block + AHEAD + 64)
-    unpack_scales(block, panel)
-    high = load(u8x32, block + 16)
-    four = np.uint8(4)
-    low = block + 48
-    store(panel, nibbles(load(u8x32, low)) | (q5_high_0(high) << four))
-    store(panel + 64, nibbles(load(u8x32, low + 32)) | (q5_high_1(high) << four))
-    store(panel + 128, nibbles(load(u8x32, low + 64)) | (q5_high_2(high) << four))
-    store(panel + 192, nibbles(load(u8x32, low + 96)) | (q5_high_3(high) << four))
+def unpack_q5_k(layout, w, row_bytes, columns, panel):
+    unpack_header(w, row_bytes, panel)
+    four, sixteen = np.uint32(0x0F0F0F0F), np.uint32(0x10101010)
+    for part in range(2):
+        fifths = columns_of_sixteen(w + 16 + 16 * part, row_bytes)
+        for i, fifth in enumerate(fifths):
+            store(panel + 64 * (4 * part + i), fifth)
+    # the first 8 pieces of codes are written last
+    for j in range(3, -1, -1):
+        for part in range(2):
+            pieces = columns_of_sixteen(w + 48 + 32 * j + 16 * part, row_bytes)
+            for i, piece in enumerate(pieces):
+                fifth = load(u32x16, panel + 64 * (4 * part + i)) >> np.uint32(2 * j)
+                to = panel + 64 * (16 * j + 4 * part + i)
+                odd = ((piece >> np.uint32(4)) & four) | ((fifth << np.uint32(3)) & sixteen)
+                store(to + 512, odd)
+                store(to, (piece & four) | ((fifth << np.uint32(4)) & sixteen))
 
 
 @unpackers.register(Q6_K)
-def unpack_q6_k(layout, block, panel):
-    prefetch(block + AHEAD)
-    prefetch(block + AHEAD + 64)
-    prefetch(block + AHEAD + 128)
-    four, fifteen = np.uint8(4), np.uint8(15)
+def unpack_q6_k(layout, w, row_bytes, columns, panel):
+    four, upper = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
     for half in range(2):
-        low = load(u8x64, block + 64 * half)
-        high = load(u8x32, block + 128 + 32 * half)
-        target = panel + 128 * half
-        store(target, (low & fifteen) | (q6_high_low(high) << four))
-        store(target + 64, (low >> four) | (q6_high_high(high) << four))
-    values = convert(i16x16, load(i8x16, block + 192))
-    store(panel + SCALES, quad_0(values))
-    store(panel + SCALES + 64, quad_1(values))
-    store(panel + SCALES + 128, quad_2(values))
-    store(panel + SCALES + 192, quad_3(values))
-    store(panel + MINS, values)
-    d = load_f16(block + 208)
-    store_f32(panel + D, d)
-    store_f32(panel + DMIN, d * np.float32(32))
+        for part in range(2):
+            xs = columns_of_sixteen(w + 64 * half + 16 * part, row_bytes)
+            ys = columns_of_sixteen(w + 64 * half + 32 + 16 * part, row_bytes)
+            highs = columns_of_sixteen(w + 128 + 32 * half + 16 * part, row_bytes)
+            to = panel + 64 * (32 * half + 4 * part)
+            for i in range(4):
+                x, y, high = xs[i], ys[i], highs[i]
+                at = to + 64 * i
+                store(at, (x & four) | ((high << np.uint32(4)) & upper))
+                store(at + 512, (y & four) | ((high << np.uint32(2)) & upper))
+                store(at + 1024, ((x >> np.uint32(4)) & four) | (high & upper))
+                third = (high >> np.uint32(2)) & upper
+                store(at + 1536, ((y >> np.uint32(4)) & four) | third)
+    scales = columns_of_sixteen(w + 192, row_bytes)
+    for j, four_scales in enumerate(scales):
+        values = bitcast(i32x16, four_scales)
+        for i in range(4):
+            scale = (values << np.int32(24 - 8 * i)) >> np.int32(24)
+            store(panel + SCALES + 64 * (4 * j + i), dots_scale(scale))
+        for i in range(2):
+            first = (values << np.int32(24 - 16 * i)) >> np.int32(24)
+            second = (values << np.int32(16 - 16 * i)) >> np.int32(24)
+            pair = (first & np.int32(0xFFFF)) | (second << np.int32(16))
+            store(panel + PAIRS + 64 * (2 * j + i), pair)
+    end = columns_of_sixteen(w + 194, row_bytes)
+    store(panel + D, half_words(end[3], np.uint32(16)))
+
+
+@unpackers.register(IQ4_XS)
+def unpack_iq4_xs(layout, w, row_bytes, columns, panel):
+    four = np.uint32(0x0F0F0F0F)
+    first, second, _, _ = columns_of_sixteen(w, row_bytes)
+    store(panel + D, half_words(first, np.uint32(0)))
+    for j in range(8):
+        store(panel + SCALES + 64 * j, iq4_xs_scale(first, second, j))
+        for i, piece in enumerate(columns_of_sixteen(w + 8 + 16 * j, row_bytes)):
+            to = panel + 512 * j + 64 * i
+            store(to, full_codes(bitcast(u8x64, piece & four)))
+            store(to + 256, full_codes(bitcast(u8x64, (piece >> np.uint32(4)) & four)))
 
 
 @inner
-def add_scaled(total, panel, activations, y):
-    """total + y d (scales . codes . activations), spread over lanes."""
-    dots = zero(i32x16)
+def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
+    """A panel of Q4_K or Q5_K; `count` dots are added up before scaling."""
+    sums, below = zero_sums(tile), zero_sums(tile)
+    for j in range(8):
+        for first in range(0, 8, count):
+            dots = zero_dots(tile)
+            for i in range(count):
+                k = 8 * j + first + i
+                dots = wide_dot(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+    at = sums_of_32_at(columns) + start // 16
     for j in range(4):
-        codes = load(u8x64, panel + 64 * j)
-        scales = load(i16x32, panel + SCALES + 64 * j)
-        dots = dot_scaled(dots, codes, load(i8x64, activations + 64 * j), scales)
-    return fma(convert(f32x16, dots), load_f32(panel + D) * y, total)
+        pairs = load(i16x32, panel + PAIRS + 64 * j)
+        below = wide_dot_words(below, pairs, rows, at + 4 * j)
+    y_at = scales_at(columns) + start // 64
+    total = load_floats(tile, totals)
+    total = add_scaled(total, sums, load(f32x16, panel + D), rows, y_at)
+    total = add_scaled(total, below, load(f32x16, panel + M), rows, y_at)
+    store_floats(totals, total)
 
 
-@inner
-def add_mins(total, panel, sums, y):
-    """total + y dmin (mins . sums), spread over lanes."""
-    dots = dot_words(load(i16x16, panel + MINS), load(i16x16, sums))
-    return fma(convert(f32x8, dots), load_f32(panel + DMIN) * y, total)
+@panels.register(Q4_K)
+def multiply_panel_q4_k(layout, tile, panel, rows, columns, start, size, totals):
+    multiply_with_mins(tile, STEPS_4, panel, rows, columns, start, totals)
 
 
-@inner
-def one_token(panel, blocks, a, out):
-    """One row times one token: its activation record is at a."""
-    scales = a + SUPERBLOCK * blocks
-    sums = scales + 4 * blocks
-    total, mins = zero(f32x16), zero(f32x8)
-    for b in range(blocks):
-        p = panel + PANEL * b
-        y = load_f32(scales + 4 * b)
-        total = add_scaled(total, p, a + SUPERBLOCK * b, y)
-        mins = add_mins(mins, p, sums + 32 * b, y)
-    store_f32(out, lane_sum(total) - lane_sum(mins))
+@panels.register(Q5_K)
+def multiply_panel_q5_k(layout, tile, panel, rows, columns, start, size, totals):
+    multiply_with_mins(tile, STEPS_5, panel, rows, columns, start, totals)
 
 
-@inner
-def four_tokens(panel, blocks, a0, a1, a2, a3, out0, out1, out2, out3):
-    """One row times four tokens: `one_token` four times over, each panel load used four times."""
-    scales = SUPERBLOCK * blocks
-    sums = scales + 4 * blocks
-    total0, total1, total2, total3 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
-    mins0, mins1, mins2, mins3 = zero(f32x8), zero(f32x8), zero(f32x8), zero(f32x8)
-    for b in range(blocks):
-        p = panel + PANEL * b
-        at, y_at, s_at = SUPERBLOCK * b, scales + 4 * b, sums + 32 * b
-        y0, y1 = load_f32(a0 + y_at), load_f32(a1 + y_at)
-        y2, y3 = load_f32(a2 + y_at), load_f32(a3 + y_at)
-        dots0, dots1, dots2, dots3 = zero(i32x16), zero(i32x16), zero(i32x16), zero(i32x16)
-        for j in range(4):
-            codes = load(u8x64, p + 64 * j)
-            factors = load(i16x32, p + SCALES + 64 * j)
-            place = at + 64 * j
-            dots0 = dot_scaled(dots0, codes, load(i8x64, a0 + place), factors)
-            dots1 = dot_scaled(dots1, codes, load(i8x64, a1 + place), factors)
-            dots2 = dot_scaled(dots2, codes, load(i8x64, a2 + place), factors)
-            dots3 = dot_scaled(dots3, codes, load(i8x64, a3 + place), factors)
-        d = load_f32(p + D)
-        total0 = fma(convert(f32x16, dots0), d * y0, total0)
-        total1 = fma(convert(f32x16, dots1), d * y1, total1)
-        total2 = fma(convert(f32x16, dots2), d * y2, total2)
-        total3 = fma(convert(f32x16, dots3), d * y3, total3)
-        mins0 = add_mins(mins0, p, a0 + s_at, y0)
-        mins1 = add_mins(mins1, p, a1 + s_at, y1)
-        mins2 = add_mins(mins2, p, a2 + s_at, y2)
-        mins3 = add_mins(mins3, p, a3 + s_at, y3)
-    store_f32(out0, lane_sum(total0) - lane_sum(mins0))
-    store_f32(out1, lane_sum(total1) - lane_sum(mins1))
-    store_f32(out2, lane_sum(total2) - lane_sum(mins2))
-    store_f32(out3, lane_sum(total3) - lane_sum(mins3))
+@panels.register(Q6_K)
+def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals):
+    sums, surplus = zero_sums(tile), zero_sums(tile)
+    for j in range(16):
+        for first in range(0, 4, STEPS_6):
+            dots = zero_dots(tile)
+            for i in range(STEPS_6):
+                k = 4 * j + first + i
+                dots = wide_dot(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+    at = sums_of_16_at(columns) + start // 8
+    for j in range(8):
+        pairs = load(i16x32, panel + PAIRS + 64 * j)
+        surplus = wide_dot_words(surplus, pairs, rows, at + 4 * j)
+    sums = add_multiple(sums, surplus, -32)
+    total = load_floats(tile, totals)
+    d = load(f32x16, panel + D)
+    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
 
 
-@inner
-def multiply(
-    layout, block_bytes, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s
-):
-    """The loop nest of all three formats; arguments as in `dot`, `s` the scratch."""
-    blocks = columns // SUPERBLOCK
-    row_panel = PANEL * blocks
-    group = 1 if tokens == 1 else ROWS
-    for start in range(0, rows, group):
-        count = min(group, rows - start)
-        for r in range(count):
-            for b in range(blocks):
-                block = w + (start + r) * row_bytes + b * block_bytes
-                unpack(layout, block, s + r * row_panel + b * PANEL)
-        t = 0
-        while t + 4 <= tokens:
-            a0, a1 = row_at(a, a_bytes, i, t), row_at(a, a_bytes, i, t + 1)
-            a2, a3 = row_at(a, a_bytes, i, t + 2), row_at(a, a_bytes, i, t + 3)
-            o0, o1 = row_at(out, o_bytes, o, t), row_at(out, o_bytes, o, t + 1)
-            o2, o3 = row_at(out, o_bytes, o, t + 2), row_at(out, o_bytes, o, t + 3)
-            for r in range(count):
-                at = 4 * (start + r)
-                panel = s + r * row_panel
-                four_tokens(panel, blocks, a0, a1, a2, a3, o0 + at, o1 + at, o2 + at, o3 + at)
-            t += 4
-        while t < tokens:
-            a0, o0 = row_at(a, a_bytes, i, t), row_at(out, o_bytes, o, t)
-            for r in range(count):
-                one_token(s + r * row_panel, blocks, a0, o0 + 4 * (start + r))
-            t += 1
-
-
-def scratch_bytes(columns: int) -> int:
-    """Scratch that `multiply` needs for rows of so many columns."""
-    return ROWS * PANEL * (columns // SUPERBLOCK)
+@panels.register(IQ4_XS)
+def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, totals):
+    sums = zero_sums(tile)
+    for j in range(8):
+        for first in range(0, 8, STEPS_FULL):
+            if BIASED:
+                dots = spread_words(tile, rows, sums_of_32_at(columns) + start // 16 + 2 * j, -128)
+            else:
+                dots = zero_dots(tile)
+            for i in range(STEPS_FULL):
+                k = 8 * j + first + i
+                piece = load(u8x64, panel + 64 * k)
+                dots = wide_dot_bytes(dots, piece, rows, start + 4 * k)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+    total = load_floats(tile, totals)
+    d = load(f32x16, panel + D)
+    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
 
 
 @row_kernel
@@ -264,3 +470,8 @@ def multiply_q5_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 @row_kernel
 def multiply_q6_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
     multiply(Q6_K, 210, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
+
+
+@row_kernel
+def multiply_iq4_xs(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    multiply(IQ4_XS, 136, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)

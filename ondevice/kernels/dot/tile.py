@@ -1,21 +1,73 @@
-"""What the products of all formats share: choosing a format's code, and where a token's rows are.
+"""What the products of the block formats share: the loop nest over rows and tokens.
 
-A loop nest is written once per family of formats and takes a `Layout` as its first argument. A
-layout is a Numba type, so `unpack(layout, ...)` is resolved while compiling, and, unlike a
-function passed as an argument, leaves machine code that can be kept on disk.
+A few tokens meet four rows at a time, straight from their blocks (`quad`). More tokens meet
+sixteen: the blocks of STEP columns are unpacked to a *panel* that stays in the first-level cache,
+
+       0  codes    64 x (16 rows x 4 columns) u8
+    4096  scales   16 x 16 i32, in the form of tiles.dots_scale
+    5120  pairs     8 x 16 x 2 i16
+    5632  d, 5696 m  8 x 16 f32 each
+
+(how much of it is used is the format's business), and every token's sums of the sixteen rows wait
+in scratch for the next step. The value of an output is the same by either way: integer sums are
+exact, and the float sums take the steps in order, by the same expressions.
+
+A loop nest is written once and takes a `Layout`: a Numba type, so `unpack(layout, ...)` is resolved
+while compiling, and, unlike a function passed as an argument, leaves machine code that can be kept
+on disk.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from ondevice.kernels.simd import load_i32
+from ondevice.kernels.simd import (
+    bitcast,
+    byte_table,
+    f32x16,
+    load,
+    load_i32,
+    load_quad,
+    pair_shuffle,
+    prefetch,
+    store,
+    u8x64,
+    u32x16,
+    zero,
+)
+from ondevice.kernels.tiles import (
+    BIASED,
+    MOST_TOKENS,
+    store_first,
+    store_quads,
+    tile1,
+    tile2,
+    tile4,
+    tile8,
+)
 from quant.jit import inner
 
-ROWS = 8
-"""Weight rows unpacked together, so that each token's activations are used that often."""
+STEP = 256
+ROWS = 16
+"""Weight rows of a panel."""
+WIDE = 3
+"""Tokens from which on panels are worth their making."""
+CHUNK = 128
+"""Tokens whose sums wait in scratch; their activations of a step stay in the first-level cache."""
+SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
+PANEL = 6656
+AHEAD = 8192
+"""Bytes between what a quad of rows reads and what it asks of memory."""
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
+
+
+def scratch_bytes(columns: int) -> int:
+    """Scratch that `multiply` needs for rows of any length."""
+    return PANEL + 64 * CHUNK
 
 
 class Layout(types.Type):
@@ -26,9 +78,9 @@ class Layout(types.Type):
 
 
 class ByLayout:
-    """Functions with one implementation for each layout, chosen while compiling."""
+    """Functions with one implementation for each type that is passed first."""
 
-    def __init__(self, generic: Callable[..., None]) -> None:
+    def __init__(self, generic: Callable[..., Any]) -> None:
         self._implementations: dict[Any, Callable[..., Any]] = {}
 
         def choose(layout: Any, *arguments: Any) -> Callable[..., Any] | None:
@@ -36,7 +88,7 @@ class ByLayout:
 
         overload(generic, strict=False, jit_options={"error_model": "numpy"})(choose)
 
-    def register(self, layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(self, layout: types.Type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate the implementation for `layout`."""
 
         def keep(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,9 +98,242 @@ class ByLayout:
         return keep
 
 
+# ---- reading blocks ----
+
+
+@inner
+def ask(address, size):
+    """Ask memory for `size` bytes."""
+    for line in range(0, size, 64):
+        prefetch(address + line)
+
+
+@inner
+def lowered(x, count):
+    """Every byte of a u8x64 moved right by `count` bits, with bits of the next byte above."""
+    return bitcast(u8x64, bitcast(u32x16, x) >> np.uint32(count))
+
+
+@inner
+def raised(x, count):
+    """Every byte of a u8x64 moved left by `count` bits, none of which may be lost."""
+    return bitcast(u8x64, bitcast(u32x16, x) << np.uint32(count))
+
+
+@inner
+def low_four(x):
+    return x & np.uint8(15)
+
+
+@inner
+def high_four(x):
+    return lowered(x, 4) & np.uint8(15)
+
+
+full_codes = byte_table([value + (128 if BIASED else 0) for value in IQ4_NL_VALUES])
+"""Numbers 0 .. 15 -> the values of IQ4_NL and IQ4_XS, as full bytes."""
+
+
+def _in_quarters(*lanes: int) -> Any:
+    """Words of a pair of vectors by their places in a quarter, 4 .. 7 being the second's."""
+    return pair_shuffle(
+        [4 * quarter + lane % 4 + 16 * (lane // 4) for quarter in range(4) for lane in lanes]
+    )
+
+
+low_words, high_words = _in_quarters(0, 4, 1, 5), _in_quarters(2, 6, 3, 7)
+low_halves, high_halves = _in_quarters(0, 1, 4, 5), _in_quarters(2, 3, 6, 7)
+
+
+@inner
+def columns_of_sixteen(w, row_bytes):
+    """16 bytes of each of sixteen rows -> four u32x16, each with 4 bytes of every row in order."""
+    a = bitcast(u32x16, load_quad(w, 4 * row_bytes))
+    b = bitcast(u32x16, load_quad(w + row_bytes, 4 * row_bytes))
+    c = bitcast(u32x16, load_quad(w + 2 * row_bytes, 4 * row_bytes))
+    d = bitcast(u32x16, load_quad(w + 3 * row_bytes, 4 * row_bytes))
+    ab, cd = low_words(a, b), low_words(c, d)
+    ab_high, cd_high = high_words(a, b), high_words(c, d)
+    return (
+        low_halves(ab, cd),
+        high_halves(ab, cd),
+        low_halves(ab_high, cd_high),
+        high_halves(ab_high, cd_high),
+    )
+
+
+# ---- rows and tokens ----
+
+
 @inner
 def row_at(base: int, row_bytes: int, index: int, token: int) -> int:
     """Address of token's row, looked up in `index` unless that is 0."""
     if index != 0:
         return base + load_i32(index + 4 * token) * row_bytes
     return base + token * row_bytes
+
+
+def rows_at(tile, base, row_bytes, index, token):
+    """Addresses of as many tokens' rows as the tile has, from `token` on."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+tokens_of = ByLayout(rows_at)
+
+
+@tokens_of.register(tile1)
+def rows_of_one(tile, base, row_bytes, index, token):
+    return (row_at(base, row_bytes, index, token),)
+
+
+@tokens_of.register(tile2)
+def rows_of_two(tile, base, row_bytes, index, token):
+    return (
+        row_at(base, row_bytes, index, token),
+        row_at(base, row_bytes, index, token + 1),
+    )
+
+
+@tokens_of.register(tile4)
+def rows_of_four(tile, base, row_bytes, index, token):
+    return (
+        row_at(base, row_bytes, index, token),
+        row_at(base, row_bytes, index, token + 1),
+        row_at(base, row_bytes, index, token + 2),
+        row_at(base, row_bytes, index, token + 3),
+    )
+
+
+@tokens_of.register(tile8)
+def rows_of_eight(tile, base, row_bytes, index, token):
+    return (
+        row_at(base, row_bytes, index, token),
+        row_at(base, row_bytes, index, token + 1),
+        row_at(base, row_bytes, index, token + 2),
+        row_at(base, row_bytes, index, token + 3),
+        row_at(base, row_bytes, index, token + 4),
+        row_at(base, row_bytes, index, token + 5),
+        row_at(base, row_bytes, index, token + 6),
+        row_at(base, row_bytes, index, token + 7),
+    )
+
+
+def quad(layout, tile, w, row_bytes, ahead, columns, rows):
+    """Four rows, `row_bytes` apart, times the tokens at the addresses `rows`: a tile of f32x16.
+
+    A quarter of each vector is a row. `ahead` is where to ask memory for what comes next.
+    """
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def unpack(layout, w, row_bytes, columns, panel):
+    """Sixteen rows, `row_bytes` apart, of up to STEP columns -> the panel."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def multiply_panel(layout, tile, panel, rows, columns, start, size, totals):
+    """Add a panel times `size` columns from `start` on to the tokens' sums at `totals`.
+
+    The tokens' records, of `columns` columns, are at the addresses `rows`.
+    """
+    raise NotImplementedError("only inside compiled kernels")
+
+
+quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_panel)
+
+
+@inner
+def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, token):
+    """All rows times the tile's tokens."""
+    records = rows_at(tile, a, a_bytes, i, token)
+    results = rows_at(tile, out, o_bytes, o, token)
+    if rows < 4:
+        for r in range(rows):
+            row = w + r * row_bytes
+            store_first(quad(layout, tile, row, 0, row, columns, records), results, 4 * r)
+        return
+    for r in range(0, rows, 4):
+        r = min(r, rows - 4)  # the last four overlap
+        row = w + r * row_bytes
+        totals = quad(layout, tile, row, row_bytes, row + AHEAD, columns, records)
+        store_quads(totals, results, 4 * r)
+
+
+@inner
+def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, totals):
+    """A panel times the tile's tokens."""
+    records = rows_at(tile, a, a_bytes, i, token)
+    multiply_panel(layout, tile, panel, records, columns, start, size, totals)
+
+
+@inner
+def many(layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s):
+    """Sixteen rows times the tokens first .. last, at most CHUNK of them."""
+    totals = s + PANEL
+    for t in range(last - first):
+        store(totals + 64 * t, zero(f32x16))
+    for start in range(0, columns, STEP):
+        size = min(STEP, columns - start)
+        step = start // STEP
+        # the next sixteen rows follow these, and are used when all columns of these are done
+        ask(w + ROWS * (row_bytes + step * step_bytes), ROWS * step_bytes)
+        unpack(layout, w + step * step_bytes, row_bytes, size, s)
+        t = first
+        if EIGHT:
+            while t + 8 <= last:
+                to = totals + 64 * (t - first)
+                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, to)
+                t += 8
+        if FOUR:
+            while t + 4 <= last:
+                to = totals + 64 * (t - first)
+                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, to)
+                t += 4
+        while t + 2 <= last:
+            to = totals + 64 * (t - first)
+            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, to)
+            t += 2
+        if t < last:
+            to = totals + 64 * (t - first)
+            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, to)
+    for t in range(last - first):
+        store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
+
+
+@inner
+def multiply(
+    layout, step_bytes, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s
+):
+    """The loop nest of all block formats; arguments as in `dot`, `s` the scratch.
+
+    step_bytes: bytes of STEP columns of a row.
+    """
+    if tokens < WIDE or rows < ROWS:
+        t = 0
+        while t + 2 <= tokens:
+            few(layout, tile2, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t)
+            t += 2
+        if t < tokens:
+            few(layout, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t)
+        return
+    for first in range(0, tokens, CHUNK):
+        last = min(tokens, first + CHUNK)
+        for r in range(0, rows, ROWS):
+            r = min(r, rows - ROWS)  # the last sixteen overlap
+            row, to = w + r * row_bytes, out + 4 * r
+            many(
+                layout,
+                step_bytes,
+                row,
+                row_bytes,
+                columns,
+                a,
+                a_bytes,
+                i,
+                to,
+                o_bytes,
+                o,
+                first,
+                last,
+                s,
+            )

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import layout
-from ondevice.kernels.activation import NONE, PER_32, PER_256, record_bytes
+from ondevice.kernels.activation import NONE, PER_256, record_bytes
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.team import Team
@@ -132,29 +132,30 @@ def run(
 # ---- activation records ----
 
 
-def sum_length(kind: int) -> int:
-    """Codes of one stored sum."""
-    return {PER_256: 16, PER_32: 32}[kind]
+def sums_of(codes: Array, length: int) -> Array:
+    """Sums of `length` codes each, int64 (tokens, n / length)."""
+    return codes.reshape(len(codes), -1, length).sum(axis=2, dtype=np.int64)
 
 
 def pack(kind: int, codes: Array, scales: Array) -> Array:
     """codes (tokens, n) int8 and scales (tokens, groups) -> records as kernels.activation says."""
-    scales = scales.astype(np.float32)
-    sums = codes.reshape(len(codes), -1, sum_length(kind)).sum(axis=2, dtype=np.int64)
-    stored = sums.astype(np.int16) if kind == PER_256 else scales * sums.astype(np.float32)
-    parts = [np.ascontiguousarray(part).view(np.uint8) for part in (codes, scales, stored)]
-    used = np.concatenate(parts, axis=1)
+    if kind == PER_256:
+        sums = np.concatenate([sums_of(codes, 16), sums_of(codes, 32)], axis=1).astype(np.int16)
+    else:
+        sums = (-8 * sums_of(codes, 32)).astype(np.int32)
+    parts = (codes, scales.astype(np.float32), sums)
+    used = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=1)
     spare = record_bytes(kind, codes.shape[1]) - used.shape[1]
     return np.pad(used, [(0, 0), (0, spare)], constant_values=GUARD)
 
 
 def unpack(kind: int, records: Array, columns: int) -> tuple[Array, Array, Array]:
     """records (tokens, bytes) -> codes int8, scales f32, and sums as they are stored."""
-    group, per_sum = (256, 16) if kind == PER_256 else (32, 32)
+    group = 256 if kind == PER_256 else 32
     scales_end = columns + columns // group * 4
-    sum_type = np.dtype(np.int16 if kind == PER_256 else np.float32)
-    sums_end = scales_end + columns // per_sum * sum_type.itemsize
-    parts = np.split(records, [columns, scales_end, sums_end], axis=1)
+    sum_type = np.dtype(np.int16 if kind == PER_256 else np.int32)
+    count = columns // 16 + columns // 32 if kind == PER_256 else columns // 32
+    parts = np.split(records, [columns, scales_end, scales_end + count * sum_type.itemsize], axis=1)
     kinds = (np.int8, np.float32, sum_type)
     codes, scales, sums = (
         np.ascontiguousarray(part).view(kind) for part, kind in zip(parts, kinds, strict=False)
@@ -307,10 +308,10 @@ def check_products(names: Sequence[str]) -> None:
     random = np.random.default_rng(5)
     for name in names:
         kind = READERS[name].activation
-        for rows, columns in ((1, FORMATS[name].length), (11, 3 * FORMATS[name].length)):
+        for rows, columns in ((1, FORMATS[name].length), (21, 3 * FORMATS[name].length)):
             for extreme in (False, True):
                 raw = before_a_fault(random_blocks(name, rows, columns, random, extreme))
-                records = random_records(kind, 6, columns, random, extreme)
+                records = random_records(kind, 15, columns, random, extreme)
                 if kind == NONE:
                     records = np.ascontiguousarray(records[:, : 4 * columns])
                 records = before_a_fault(records)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels.dot import blocks, floats, k_quants, tile
+from ondevice.kernels.dot import tile
 from ondevice.kernels.formats import READERS
 from quant.registry import FORMATS
 from tests.ondevice.kernels.harness import (
@@ -24,9 +24,10 @@ from tests.ondevice.kernels.harness import (
 )
 
 EACH = pytest.mark.parametrize("name", READERS)
-TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17, 64)
-ROWS = (1, tile.ROWS - 1, tile.ROWS, 2 * tile.ROWS + 3)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17, tile.CHUNK + 3)
+ROWS = (1, 3, 4, 6, tile.ROWS - 1, tile.ROWS, 2 * tile.ROWS + 3)
 SEED = 4
+LESSER = ["F16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def column_counts(name: str) -> list[int]:
@@ -45,7 +46,7 @@ def test_products_differ_by_rounding_only(name: str, source: str) -> None:
                 raw = gaussian_blocks(name, rows, columns, random)
             else:
                 raw = random_blocks(name, rows, columns, random, extreme)
-            records = random_records(READERS[name].activation, 64, columns, random, extreme)
+            records = random_records(READERS[name].activation, TOKENS[-1], columns, random, extreme)
             for tokens in TOKENS:
                 product = multiply(name, raw, columns, records[:tokens])
                 error = product_error(name, raw, records[:tokens], product)
@@ -56,18 +57,18 @@ def test_products_differ_by_rounding_only(name: str, source: str) -> None:
 def test_bits_depend_on_neither_batch_nor_pieces(name: str) -> None:
     random = np.random.default_rng(SEED)
     for columns in column_counts(name):
-        raw = random_blocks(name, 19, columns, random)
-        records = random_records(READERS[name].activation, 64, columns, random)
+        raw = random_blocks(name, 35, columns, random)
+        records = random_records(READERS[name].activation, TOKENS[-1], columns, random)
         whole = multiply(name, raw, columns, records)
         for tokens in TOKENS:
             assert bits(multiply(name, raw, columns, records[:tokens])) == bits(whole[:tokens])
         for token in range(17):
             alone = multiply(name, raw, columns, records[token : token + 1])
             assert bits(alone[0]) == bits(whole[token])
-        for tokens in (1, 6):
+        for tokens in (1, 2, 6):
             pieces = [
                 multiply(name, raw[start:end], columns, records[:tokens])
-                for start, end in ((0, 1), (1, 4), (4, 12), (12, 19))
+                for start, end in ((0, 1), (1, 4), (4, 9), (9, 25), (25, 35))
             ]
             assert bits(np.concatenate(pieces, axis=1)) == bits(whole[:tokens])
 
@@ -103,13 +104,6 @@ def test_rows_may_lie_apart(name: str) -> None:
     )
 
 
-def test_scratch_holds_the_panels_of_a_group_of_rows() -> None:
-    assert k_quants.scratch_bytes(512) == tile.ROWS * 2 * 576
-    assert blocks.scratch_bytes(96) == tile.ROWS * 3 * 64
-    assert READERS["F16"].multiply is floats.multiply_f16
-    assert READERS["F16"].scratch_bytes(1000) == 0
-
-
 def check_in_process(names: list[str], environment: dict[str, str]) -> str:
     """`check_products` in a process of its own; returns the features it was compiled for."""
     code = (
@@ -130,5 +124,5 @@ def test_nothing_beyond_the_inputs_is_read() -> None:
 @NEEDS_MPROTECT
 @pytest.mark.parametrize("cpu", MACHINES)
 def test_products_on_lesser_machines(cpu: str, tmp_path: Path) -> None:
-    found = check_in_process(["Q4_K", "Q6_K", "Q8_0", "Q4_0"], compiled_for(cpu, tmp_path))
+    found = check_in_process(LESSER, compiled_for(cpu, tmp_path))
     assert found.split() == sorted(MACHINES[cpu].split())

@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,46 +276,72 @@ def test_conversions() -> None:
 def constants(a: int, b: int, out: int) -> None:
     store(out, simd.zero(i32x16))
     store(out + 64, simd.splat(f32x16, simd.load_f32(a)))
-    words = simd.four_words(np.uint32(1), np.uint32(2), np.uint32(3), np.uint32(2**32 - 1))
-    store(out + 128, words)
 
 
 def test_constants() -> None:
-    out = call(constants, FLOATS, FLOATS, np.uint8, 144)
+    out = call(constants, FLOATS, FLOATS, np.uint8, 128)
     assert not out[:64].any()
     assert out[64:128].view(np.float32).tolist() == [FLOATS[0]] * 16
-    assert out[128:].view(np.uint32).tolist() == [1, 2, 3, 2**32 - 1]
 
 
 backwards = simd.lane_shuffle(list(range(15, -1, -1)))
 doubled = simd.lane_shuffle([i // 2 for i in range(32)])
-fields = simd.bit_field((1, 4), 7)
+interleaved = simd.pair_shuffle([i // 2 + 16 * (i % 2) for i in range(16)])
+some_bytes = simd.byte_shuffle([3, None, 15, *[0] * 13])
+fields = simd.word_fields((0, 3, 5, 2), (0x3F, 0x1F, 0x07, 0x30))
+squares = simd.byte_table([(i - 8) ** 2 - 30 for i in range(16)])
+third_half = simd.half_in_each(4)
 
 
 @three_integers
 def rearranged(a: int, b: int, out: int) -> None:
+    x = load(u8x64, b)
     store(out, backwards(load(f32x16, a)))
     store(out + 64, doubled(load(i16x16, b)))
-    store(out + 128, simd.nibbles(load(u8x32, b)))
-    store(out + 192, fields(load(u8x32, b)))
-    store(out + 256, simd.halves_of_bytes(load(u8x16, b)))
-    store(out + 288, simd.byte_bits(simd.load_u32(b)))
+    store(out + 128, interleaved(load(f32x16, a), load(f32x16, b)))
+    store(out + 192, some_bytes(x))
+    store(out + 256, fields(x))
+    store(out + 320, squares(x & np.uint8(15)))
+    store(out + 384, simd.each_bit(x))
+    store(out + 448, simd.load_quad(b, 7))
 
 
 def test_rearrangements() -> None:
-    out = call(rearranged, FLOATS, BYTES, np.uint8, 320)
+    out = call(rearranged, FLOATS, BYTES, np.uint8, 512)
     assert out[:64].view(np.float32).tolist() == FLOATS[::-1].tolist()
     assert out[64:128].view(np.int16).tolist() == BYTES[:32].view(np.int16).repeat(2).tolist()
-    first = BYTES[:32]
-    assert out[128:192].tolist() == [*(first & 15), *(first >> 4)]
-    assert out[192:256].tolist() == [*(first >> 1 & 7), *(first >> 4 & 7)]
-    assert out[256:288].tolist() == [*(BYTES[:16] & 15), *(BYTES[:16] >> 4)]
-    assert out[288:].tolist() == np.unpackbits(BYTES[:4], bitorder="little").tolist()
+    both = np.stack([FLOATS[:8], BYTES.view(np.float32)[:8]], axis=1)
+    assert out[128:192].tolist() == both.view(np.uint8).reshape(-1).tolist()
+    quarters = BYTES.reshape(4, 16)
+    picked = np.concatenate([quarters[:, [3, 3, 15]], quarters[:, [0] * 13]], axis=1)
+    picked[:, 1] = 0
+    assert out[192:256].tolist() == picked.reshape(-1).tolist()
+    words = BYTES.view(np.uint32).reshape(4, 4) >> np.array([0, 3, 5, 2], np.uint32)
+    kept = words & (np.array([0x3F, 0x1F, 0x07, 0x30], np.uint32) * np.uint32(0x01010101))
+    assert out[256:320].tolist() == kept.reshape(-1).view(np.uint8).tolist()
+    numbers = (BYTES & 15).astype(int)
+    assert out[320:384].view(np.int8).tolist() == ((numbers - 8) ** 2 - 30).tolist()
+    assert out[384:448].tolist() == (BYTES >> (np.arange(64) % 8) & 1).tolist()
+    assert (
+        out[448:].tolist() == np.concatenate([BYTES[i : i + 16] for i in (0, 7, 14, 21)]).tolist()
+    )
 
 
-def test_a_field_must_not_hold_bits_of_the_next_byte() -> None:
-    with pytest.raises(AssertionError):
-        simd.bit_field((0, 5), 15)
+@three_integers
+def halves(a: int, b: int, out: int) -> None:
+    store(out, third_half(load(u8x64, b)))
+    store(out + 64, simd.half_words(load(u32x16, b), np.uint32(16)))
+    store(out + 128, simd.exponent_scale(load(u32x16, a)))
+
+
+@pytest.mark.parametrize("first", range(0, 256, 16))
+def test_halves_and_exponents_inside_vectors(first: int) -> None:
+    numbers = np.random.default_rng(5).standard_normal(32).astype(np.float16)
+    exponents = np.arange(first, first + 16, dtype=np.uint32)
+    out = call(halves, exponents, numbers, np.float32, 48)
+    assert out[:16].tolist() == numbers[2::8].astype(np.float32).repeat(4).tolist()
+    assert out[16:32].tolist() == numbers[1::2].astype(np.float32).tolist()
+    assert out[32:].tolist() == [2.0 ** (e - 128) for e in range(first, first + 16)]
 
 
 # ---- float arithmetic ----
@@ -391,79 +416,6 @@ def test_folds(place: int) -> None:
     out = call(folded, x, WORDS, np.float32, 4)
     assert out[[0, 1, 3]].tolist() == [halved(x), 50, halved(x[:8])]
     assert (int(out[2:3].view(np.int32)[0]) - WORDS.sum(dtype=np.int64)) % 2**32 == 0
-
-
-# ---- dot products ----
-
-
-@three_integers
-def scaled_dot(w: int, a: int, out: int) -> None:
-    scales = load(i16x32, a + 64)
-    total = simd.dot_scaled(load(i32x16, a + 128), load(u8x64, w), load(i8x64, a), scales)
-    simd.store_i32(out, np.int64(simd.lane_sum(total)))
-
-
-@three_integers
-def small_dot(w: int, a: int, out: int) -> None:
-    total = simd.dot_small(load(u8x32, w), load(i8x32, a))
-    simd.store_i32(out, np.int64(simd.lane_sum(total)))
-
-
-@three_integers
-def signed_dot(w: int, a: int, out: int) -> None:
-    total = simd.dot_signed(load(i8x32, w), load(i8x32, a))
-    simd.store_i32(out, np.int64(simd.lane_sum(total)))
-
-
-@three_integers
-def word_dot(w: int, a: int, out: int) -> None:
-    total = simd.dot_words(load(i16x16, w), load(i16x16, a))
-    simd.store_i32(out, np.int64(simd.lane_sum(total)))
-
-
-Draw = Callable[[int, int, int], Array]
-DRAWS: dict[str, Draw] = {
-    "random": lambda low, high, n: np.random.default_rng(7).integers(low, high + 1, n),
-    "lowest": lambda low, high, n: np.full(n, low),
-    "highest": lambda low, high, n: np.full(n, high),
-    "edges": lambda low, high, n: np.where(np.arange(n) % 2, low, high),
-}
-EDGES = pytest.mark.parametrize(
-    ("left", "right"), [(DRAWS[a], DRAWS[b]) for a in DRAWS for b in DRAWS]
-)
-
-
-def total(kernel: CompiledFunction, w: Array, a: Array) -> int:
-    return int(call(kernel, w, a, np.int32, 1)[0])
-
-
-@EDGES
-def test_dot_scaled(left: Draw, right: Draw) -> None:
-    w, a = left(0, 63, 64), right(-127, 127, 64)
-    scales = left(-128, 127, 4)  # one for 16 codes, as in Q6_K
-    start = right(-(2**24), 2**24, 16)
-    acts = [a.astype(np.int8), scales.repeat(8).astype(np.int16), start.astype(np.int32)]
-    packed = np.concatenate([part.view(np.uint8) for part in acts])
-    expected = start.sum() + (w * a * scales.repeat(16)).sum()
-    assert total(scaled_dot, w.astype(np.uint8), packed) == expected
-
-
-@EDGES
-def test_dot_small(left: Draw, right: Draw) -> None:
-    w, a = left(0, 63, 32), right(-127, 127, 32)
-    assert total(small_dot, w.astype(np.uint8), a.astype(np.int8)) == (w * a).sum()
-
-
-@EDGES
-def test_dot_signed(left: Draw, right: Draw) -> None:
-    w, a = left(-128, 127, 32), right(-127, 127, 32)
-    assert total(signed_dot, w.astype(np.int8), a.astype(np.int8)) == (w * a).sum()
-
-
-@EDGES
-def test_dot_words(left: Draw, right: Draw) -> None:
-    w, a = left(-128, 127, 16), right(-2032, 2032, 16)  # scales of Q6_K, sums of 16 codes
-    assert total(word_dot, w.astype(np.int16), a.astype(np.int16)) == (w * a).sum()
 
 
 # ---- threads ----

@@ -1,0 +1,533 @@
+"""Integer dot products of one piece of weights with several tokens at once.
+
+A `Tile` is 1, 2, 4 or 8 vectors in registers, one per token; each piece of weights is loaded once
+and meets every token's activations. A piece (u8x64) lies in one of two ways:
+
+    wide   16 rows x 4 columns: the tokens' 4 codes go to all lanes; a lane is a row
+    quad   4 rows x 16 columns: the tokens' 16 codes go to all quarters; a quarter is a row
+
+Dots are collected in the form that the machine's instructions give: int32 sums of four products,
+or, where only AVX2's pairs are to be had (PAIRED), int16 sums of two. `tile_add_scaled` turns both
+into int32 sums, times a scale; until then as many steps may be added up as fit, see `steps`.
+All sums are exact. The instructions follow from what the compile target reports: AVX-512 VNNI,
+AVX-VNNI, AVX2, NEON dot product, plain code otherwise.
+
+Weight codes are either small (0 .. 63) or full bytes (-127 .. 127, -128 where the scale allows).
+Full bytes are kept with 128 added where dot products take unsigned weights (BIASED).
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, models, register_model
+
+from ondevice.kernels.simd import (
+    F32,
+    FEATURES,
+    I8,
+    I16,
+    I32,
+    I64,
+    Vec,
+    broadcast,
+    call,
+    constant,
+    f32x16,
+    fold,
+    i16x32,
+    i32x16,
+    join,
+    llvm_type,
+    load_from,
+    part,
+    shuffle_lanes,
+    store_to,
+    u8x64,
+)
+
+_HAS_AVX512BW = "avx512bw" in FEATURES
+_HAS_VNNI_512 = {"avx512vnni", "avx512bw"} <= FEATURES
+_HAS_VNNI_256 = {"avx512vnni", "avx512vl"} <= FEATURES or "avxvnni" in FEATURES
+_HAS_AVX2 = "avx2" in FEATURES
+_HAS_SDOT = "dotprod" in FEATURES
+
+PAIRED = _HAS_AVX2 and not (_HAS_VNNI_512 or _HAS_VNNI_256)
+BIASED = _HAS_VNNI_512 or _HAS_VNNI_256
+MOST_TOKENS = 8 if _HAS_AVX512BW else 2
+"""Tokens of the largest tile whose sums stay in the registers of this machine."""
+
+
+class Tile(types.Type):
+    """`count` vectors of one kind, held in registers."""
+
+    def __init__(self, vec: Vec, count: int) -> None:
+        self.vec = vec
+        self.count = count
+        super().__init__(name=f"tile<{vec} x {count}>")
+
+
+@register_model(Tile)
+class TileModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, frontend: Tile) -> None:
+        super().__init__(manager, frontend, ir.ArrayType(llvm_type(frontend.vec), frontend.count))
+
+
+tile1, tile2, tile4, tile8 = (Tile(i32x16, count) for count in (1, 2, 4, 8))
+DOTS = i16x32 if PAIRED else i32x16
+
+
+def steps(greatest: int, wanted: int) -> int:
+    """How many of `wanted` dots of codes up to `greatest` can be added up before scaling."""
+    return min(wanted, max(1, 32767 // (2 * 127 * greatest))) if PAIRED else wanted
+
+
+def _floats(tile: Tile) -> Tile:
+    return Tile(f32x16, tile.count)
+
+
+def _addresses(tile: Tile) -> types.Type:
+    """The type of the addresses of a tile's tokens."""
+    return types.UniTuple(types.int64, tile.count)
+
+
+def _vectors(builder: ir.IRBuilder, tile: Any) -> list[Any]:
+    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
+
+
+def _tile(builder: ir.IRBuilder, vectors: list[Any]) -> ir.Value:
+    result = constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        result = builder.insert_value(result, vector, i)
+    return result
+
+
+def _places(builder: ir.IRBuilder, rows: Any, offset: Any) -> list[Any]:
+    """The tokens' addresses, moved on by `offset`."""
+    return [builder.add(address, offset) for address in _vectors(builder, rows)]
+
+
+def _fours_of_all_rows(builder: ir.IRBuilder, address: Any) -> ir.Value:
+    """Wide: the 4 codes at address in every lane."""
+    fours = broadcast(builder, load_from(builder, address, I32), 16)
+    return builder.bitcast(fours, ir.VectorType(I8, 64))
+
+
+def _sixteen_of_all_rows(builder: ir.IRBuilder, address: Any) -> ir.Value:
+    """Quad: the 16 codes at address in every quarter."""
+    codes = load_from(builder, address, ir.VectorType(I8, 16))
+    return shuffle_lanes(builder, codes, codes, [*range(16)] * 4)
+
+
+# ---- making and keeping ----
+
+
+@intrinsic
+def zero_sums(typing: Any, kind: Any) -> Any:
+    """zero_sums(tile4): int32 sums of 0."""
+    tile = kind.instance_type
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None)
+
+    return tile(kind), lower
+
+
+@intrinsic
+def zero_dots(typing: Any, kind: Any) -> Any:
+    """zero_dots(tile4): dots of 0, see the module's text."""
+    tile = Tile(DOTS, kind.instance_type.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None)
+
+    return tile(kind), lower
+
+
+@intrinsic
+def zero_floats(typing: Any, kind: Any) -> Any:
+    """zero_floats(tile4): float32 sums of 0."""
+    tile = _floats(kind.instance_type)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None)
+
+    return tile(kind), lower
+
+
+@intrinsic
+def load_floats(typing: Any, kind: Any, address: Any) -> Any:
+    """load_floats(tile4, address): a tile of f32x16, 64 bytes each."""
+    tile = _floats(kind.instance_type)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = [builder.add(args[1], constant(I64, 64 * i)) for i in range(tile.count)]
+        return _tile(builder, [load_from(builder, place, llvm_type(f32x16)) for place in at])
+
+    return tile(kind, types.int64), lower
+
+
+@intrinsic
+def store_floats(typing: Any, address: Any, tile: Any) -> Any:
+    """Store a tile of f32x16 at address, 64 bytes each."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for i, vector in enumerate(_vectors(builder, args[1])):
+            store_to(builder, builder.add(args[0], constant(I64, 64 * i)), vector)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, tile), lower
+
+
+def _store_lanes(lanes: list[int]) -> Any:
+    @intrinsic
+    def store_lanes(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            places = _places(builder, args[1], args[2])
+            for place, vector in zip(places, _vectors(builder, args[0]), strict=True):
+                store_to(builder, place, shuffle_lanes(builder, vector, vector, lanes))
+            return context.get_dummy_value()
+
+        return types.none(tile, _addresses(tile), types.int64), lower
+
+    return store_lanes
+
+
+store_quads = _store_lanes([0, 4, 8, 12])
+"""Store the first lane of each quarter of each vector at the token's address + offset."""
+store_first = _store_lanes([0])
+"""Store the first lane of each vector at the token's address + offset."""
+
+
+@intrinsic
+def store_folded(typing: Any, totals: Any, rows: Any, offset: Any) -> Any:
+    """Store the sum of the lanes of each f32x16, added in a fixed tree, at address + offset."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = _places(builder, args[1], args[2])
+        for place, vector in zip(places, _vectors(builder, args[0]), strict=True):
+            store_to(builder, place, fold(builder, vector, builder.fadd))
+        return context.get_dummy_value()
+
+    return types.none(totals, _addresses(totals), types.int64), lower
+
+
+def _spread(bits: ir.IntType) -> Any:
+    @intrinsic
+    def spread(typing: Any, kind: Any, rows: Any, offset: Any, factor: Any) -> Any:
+        tile = kind.instance_type
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            factor = builder.trunc(args[3], I32)
+            result = []
+            for at in _places(builder, args[1], args[2]):
+                number = load_from(builder, at, bits)
+                number = builder.sext(number, I32) if bits is not I32 else number
+                result.append(broadcast(builder, builder.mul(number, factor), 16))
+            return _tile(builder, result)
+
+        return tile(kind, _addresses(tile), types.int64, types.int64), lower
+
+    return spread
+
+
+spread = _spread(I32)
+"""spread(tile4, rows, offset, factor): the tokens' int32 there, times factor, in all lanes."""
+spread_words = _spread(I16)
+"""The same of int16."""
+
+
+# ---- dot products ----
+
+
+def _madd(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
+    """x86 pmaddwd: pairs of int16 products summed in int32; any width that the host has."""
+    lanes = a.type.count
+    name = {32: "avx512.pmaddw.d.512", 16: "avx2.pmadd.wd", 8: "sse2.pmadd.wd"}[lanes]
+    return call(builder, f"llvm.x86.{name}", ir.VectorType(I32, lanes // 2), [a, b])
+
+
+def _maddubs(builder: ir.IRBuilder, w: Any, a: Any) -> ir.Value:
+    """x86 pmaddubsw: pairs of products of unsigned and signed bytes summed in int16."""
+    lanes = w.type.count
+    name = {64: "avx512.pmaddubs.w.512", 32: "avx2.pmadd.ub.sw"}[lanes]
+    return call(builder, f"llvm.x86.{name}", ir.VectorType(I16, lanes // 2), [w, a])
+
+
+def _split(builder: ir.IRBuilder, emit: Any, *operands: Any) -> ir.Value:
+    """emit for all operands at once where vectors have 64 bytes, else for parts of them."""
+    pieces = 1 if _HAS_AVX512BW else 2 if _HAS_AVX2 else 4
+    if pieces == 1:
+        return emit(*operands)
+    results = []
+    for i in range(pieces):
+        sizes = [operand.type.count // pieces for operand in operands]
+        pairs = zip(operands, sizes, strict=True)
+        results.append(emit(*(part(builder, x, i * size, size) for x, size in pairs)))
+    return join(builder, results)
+
+
+def _plain_dot(builder: ir.IRBuilder, total: Any, w: Any, a: Any, full: bool) -> ir.Value:
+    wide = ir.VectorType(I32, w.type.count)
+    extended = builder.sext(w, wide) if full else builder.zext(w, wide)
+    products = builder.mul(extended, builder.sext(a, wide))
+    for i in range(4):
+        lanes = range(i, w.type.count, 4)
+        total = builder.add(total, shuffle_lanes(builder, products, products, lanes))
+    return total
+
+
+def _dot(builder: ir.IRBuilder, dots: Any, w: Any, a: Any, full: bool) -> ir.Value:
+    """dots + w * a; `full`: the weights are full bytes."""
+
+    def vnni(total: Any, w: Any, a: Any) -> Any:
+        lanes = total.type.count
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{lanes * 32}", total.type, [total, w, a])
+
+    def pairs(total: Any, w: Any, a: Any) -> Any:
+        if full:  # unsigned weights, the sign goes over to the activation
+            zeros = constant(w.type, None)
+            negative = builder.icmp_signed("<", w, zeros)
+            w, a = (
+                builder.select(negative, builder.sub(zeros, w), w),
+                builder.select(negative, builder.sub(zeros, a), a),
+            )
+        return builder.add(total, _maddubs(builder, w, a))
+
+    def neon(total: Any, w: Any, a: Any) -> Any:
+        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, [total, w, a])
+
+    def plain(total: Any, w: Any, a: Any) -> Any:
+        return _plain_dot(builder, total, w, a, full)
+
+    if BIASED and not (_HAS_AVX512BW and _HAS_VNNI_512):
+        halves = [part(builder, x, 0, x.type.count // 2) for x in (dots, w, a)]
+        others = [part(builder, x, x.type.count // 2, x.type.count // 2) for x in (dots, w, a)]
+        return join(builder, [vnni(*halves), vnni(*others)])
+    if BIASED:
+        return vnni(dots, w, a)
+    emit = pairs if PAIRED else neon if _HAS_SDOT else plain
+    return _split(builder, emit, dots, w, a)
+
+
+def _product(codes_at: Any, full: bool) -> Any:
+    """An intrinsic (dots, w, tokens' addresses, offset) -> dots + w * codes."""
+
+    @intrinsic
+    def product(typing: Any, dots: Any, w: Any, rows: Any, offset: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            places = _places(builder, args[2], args[3])
+            vectors = zip(places, _vectors(builder, args[0]), strict=True)
+            return _tile(
+                builder,
+                [_dot(builder, v, args[1], codes_at(builder, at), full) for at, v in vectors],
+            )
+
+        return dots(dots, u8x64, _addresses(dots), types.int64), lower
+
+    return product
+
+
+wide_dot = _product(_fours_of_all_rows, full=False)
+wide_dot_bytes = _product(_fours_of_all_rows, full=True)
+quad_dot = _product(_sixteen_of_all_rows, full=False)
+quad_dot_bytes = _product(_sixteen_of_all_rows, full=True)
+
+
+@intrinsic
+def quad_dot_scaled(typing: Any, sums: Any, w: Any, rows: Any, offset: Any, scale: Any) -> Any:
+    """sums + w * the tokens' 16 codes * scale: scale i16x32, equal within a quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def x86(total: Any, w: Any, a: Any, scales: Any) -> Any:
+            lanes = total.type.count
+            pairs = _maddubs(builder, w, a)
+            if (lanes == 16 and _HAS_VNNI_512) or (lanes == 8 and _HAS_VNNI_256):
+                name = f"llvm.x86.avx512.vpdpwssd.{lanes * 32}"
+                return call(builder, name, total.type, [total, pairs, scales])
+            return builder.add(total, _madd(builder, pairs, scales))
+
+        def other(total: Any, w: Any, a: Any, scales: Any) -> Any:
+            zeros = constant(total.type, None)
+            if _HAS_SDOT:
+                name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+                dots = call(builder, name, total.type, [zeros, w, a])
+            else:
+                dots = _plain_dot(builder, zeros, w, a, False)
+            factors = builder.sext(part(builder, scales, 0, 4), total.type)
+            return builder.add(total, builder.mul(dots, factors))
+
+        emit = x86 if _HAS_AVX2 else other
+        result = []
+        places = _places(builder, args[2], args[3])
+        for place, total in zip(places, _vectors(builder, args[0]), strict=True):
+            codes = _sixteen_of_all_rows(builder, place)
+            result.append(_split(builder, emit, total, args[1], codes, args[4]))
+        return _tile(builder, result)
+
+    return sums(sums, u8x64, _addresses(sums), types.int64, i16x32), lower
+
+
+def _dot_pairs(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
+    """i16x32, i16x32 -> i32x16; each lane the sum of its own two products."""
+
+    def plain(a: Any, b: Any) -> Any:
+        lanes = a.type.count
+        wide = ir.VectorType(I32, lanes)
+        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+        even, odd = (shuffle_lanes(builder, products, products, range(i, lanes, 2)) for i in (0, 1))
+        return builder.add(even, odd)
+
+    emit = (lambda x, y: _madd(builder, x, y)) if _HAS_AVX2 else plain
+    return _split(builder, emit, a, b)
+
+
+def _word_product(words_at: Any) -> Any:
+    @intrinsic
+    def product(typing: Any, sums: Any, w: Any, rows: Any, offset: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            places = _places(builder, args[2], args[3])
+            vectors = zip(places, _vectors(builder, args[0]), strict=True)
+            result = []
+            for at, total in vectors:
+                words = builder.bitcast(words_at(builder, at), ir.VectorType(I16, 32))
+                if _HAS_VNNI_512:
+                    operands = [total, args[1], words]
+                    name = "llvm.x86.avx512.vpdpwssd.512"
+                    result.append(call(builder, name, total.type, operands))
+                else:
+                    result.append(builder.add(total, _dot_pairs(builder, args[1], words)))
+            return _tile(builder, result)
+
+        return sums(sums, i16x32, _addresses(sums), types.int64), lower
+
+    return product
+
+
+wide_dot_words = _word_product(_fours_of_all_rows)
+"""sums + the two products, per lane, of w (i16x32) and the token's two int16 there."""
+quad_dot_words = _word_product(_sixteen_of_all_rows)
+"""sums + the products, per quarter, of w (i16x32) and the token's eight int16 there."""
+
+
+# ---- scaling and folding ----
+
+
+@intrinsic
+def begin_dots(typing: Any, sums: Any) -> Any:
+    """Dots that go on from unscaled sums; `end_dots` takes both."""
+    tile = Tile(DOTS, sums.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None) if PAIRED else args[0]
+
+    return tile(sums), lower
+
+
+@intrinsic
+def end_dots(typing: Any, sums: Any, dots: Any) -> Any:
+    """The sums that dots began from plus what they came to."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not PAIRED:
+            return args[1]
+        ones = broadcast(builder, constant(I16, 1), 32)
+        pairs = zip(_vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
+        return _tile(builder, [builder.add(x, _dot_pairs(builder, y, ones)) for x, y in pairs])
+
+    return sums(sums, dots), lower
+
+
+@intrinsic
+def dots_scale(typing: Any, value: Any) -> Any:
+    """i32x16 of int16 numbers -> the form in which `add_dots` takes scales."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not PAIRED:
+            return args[0]
+        low = builder.and_(args[0], broadcast(builder, constant(I32, 0xFFFF), 16))
+        high = builder.shl(args[0], broadcast(builder, constant(I32, 16), 16))
+        return builder.or_(low, high)
+
+    return i32x16(i32x16), lower
+
+
+@intrinsic
+def add_dots(typing: Any, sums: Any, dots: Any, scale: Any) -> Any:
+    """sums + dots * scale, an i32x16 from `dots_scale`."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        pairs = zip(_vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
+        for total, vector in pairs:
+            if PAIRED:
+                factors = builder.bitcast(args[2], ir.VectorType(I16, 32))
+                scaled = _dot_pairs(builder, vector, factors)
+            else:
+                scaled = builder.mul(vector, args[2])
+            result.append(builder.add(total, scaled))
+        return _tile(builder, result)
+
+    return sums(sums, dots, i32x16), lower
+
+
+@intrinsic
+def add_multiple(typing: Any, sums: Any, others: Any, factor: Any) -> Any:
+    """sums + others * factor, a small constant."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        factor = broadcast(builder, builder.trunc(args[2], I32), 16)
+        pairs = zip(_vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
+        return _tile(builder, [builder.add(x, builder.mul(y, factor)) for x, y in pairs])
+
+    return sums(sums, sums, types.int64), lower
+
+
+@intrinsic
+def fold_quads(typing: Any, sums: Any) -> Any:
+    """Each lane becomes the sum of the four lanes of its quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for total in _vectors(builder, args[0]):
+            for distance in (1, 2):
+                lanes = [lane ^ distance for lane in range(16)]
+                total = builder.add(total, shuffle_lanes(builder, total, total, lanes))
+            result.append(total)
+        return _tile(builder, result)
+
+    return sums(sums), lower
+
+
+@intrinsic
+def add_scaled(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+    """totals + float(sums) * (factor * the token's float at its address + offset), by one fma."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(f32x16)
+        result = []
+        places = _places(builder, args[3], args[4])
+        values = zip(places, _vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
+        for place, total, integers in values:
+            scale = broadcast(builder, load_from(builder, place, F32), 16)
+            operands = [builder.sitofp(integers, kind), builder.fmul(args[2], scale), total]
+            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
+        return _tile(builder, result)
+
+    return totals(totals, sums, f32x16, _addresses(sums), types.int64), lower
+
+
+@intrinsic
+def add_products(typing: Any, totals: Any, weights: Any, rows: Any, offset: Any) -> Any:
+    """totals + weights (f32x16) * the token's 16 floats at its address + offset, by one fma."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(f32x16)
+        places = _places(builder, args[2], args[3])
+        result = []
+        for place, total in zip(places, _vectors(builder, args[0]), strict=True):
+            operands = [args[1], load_from(builder, place, kind), total]
+            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
+        return _tile(builder, result)
+
+    return totals(totals, f32x16, _addresses(totals), types.int64), lower

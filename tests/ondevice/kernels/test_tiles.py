@@ -1,0 +1,196 @@
+"""Dot products of tiles against NumPy's integers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ondevice.kernels import tiles
+from ondevice.kernels.operation import CompiledFunction
+from ondevice.kernels.simd import f32x16, i16x32, i32x16, load, store, u8x64
+from ondevice.kernels.tiles import tile1, tile2
+from quant.format import Array
+from tests.ondevice.kernels.harness import (
+    MACHINES,
+    Rows,
+    compiled_for,
+    run_python,
+    three_integers,
+)
+
+Draw = Callable[[int, int, int], Array]
+DRAWS: dict[str, Draw] = {
+    "random": lambda low, high, n: np.random.default_rng(7).integers(low, high + 1, n),
+    "lowest": lambda low, high, n: np.full(n, low),
+    "highest": lambda low, high, n: np.full(n, high),
+    "edges": lambda low, high, n: np.where(np.arange(n) % 2, low, high),
+}
+EDGES = pytest.mark.parametrize(
+    ("left", "right"), [(DRAWS[a], DRAWS[b]) for a in DRAWS for b in DRAWS]
+)
+STEP = 128  # bytes between the two tokens
+BIAS = 128 if tiles.BIASED else 0
+STARTS = np.array([1000, -(2**24)], np.int32)
+SCALES = np.random.default_rng(8).integers(-128, 128, 16).astype(np.int32)
+
+
+@three_integers
+def wide(w: int, a: int, out: int) -> None:
+    tokens = (a, a + STEP)
+    scale = tiles.dots_scale(load(i32x16, w + 64))
+    start = tiles.spread(tile2, tokens, 64, 3)
+    small = tiles.wide_dot(tiles.zero_dots(tile2), load(u8x64, w), tokens, 8)
+    sums = tiles.add_dots(start, small, scale)
+    unscaled = tiles.end_dots(
+        start, tiles.wide_dot(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
+    )
+    words = tiles.wide_dot_words(start, load(i16x32, w), tokens, 8)
+    totals = tiles.zero_floats(tile2)
+    one = load(f32x16, w + 128)
+    tiles.store_floats(out, tiles.add_scaled(totals, sums, one, tokens, 68))
+    tiles.store_floats(out + 128, tiles.add_scaled(totals, unscaled, one, tokens, 68))
+    tiles.store_floats(out + 256, tiles.add_scaled(totals, words, one, tokens, 68))
+    more = tiles.add_multiple(unscaled, start, -32)
+    tiles.store_floats(out + 384, tiles.add_scaled(totals, more, one, tokens, 68))
+
+
+def inputs(codes: Array) -> Array:
+    """Two tokens' codes, the second's in reverse, each with an int32 and a 1.0 behind them."""
+    memory = np.zeros((2, STEP), np.uint8)
+    memory[:, : codes.nbytes] = np.stack([codes, codes[::-1]]).view(np.uint8)
+    memory[:, 64:68] = STARTS[:, None].view(np.uint8)
+    memory[:, 68:72] = np.ones((2, 1), np.float32).view(np.uint8)
+    memory[:, 72:76] = np.array([[-300], [7]], np.int32).view(np.uint8)
+    return memory
+
+
+def weights(codes: Array) -> Array:
+    """64 bytes, 16 scales and 16 times 1.0."""
+    ones = np.ones(16, np.float32)
+    return np.concatenate([part.view(np.uint8) for part in (codes, SCALES, ones)])
+
+
+def call(kernel: CompiledFunction, w: Array, a: Array, vectors: int) -> Array:
+    """What a kernel (w, a, out) writes: float32 (vectors, 16)."""
+    out = Rows(1, 16 * vectors)
+    kernel(w.ctypes.data, a.ctypes.data, out.address)
+    out.check()
+    return out.values[0].reshape(vectors, 16).astype(np.float64)
+
+
+def rounded(sums: Array) -> Array:
+    """Integer sums as float32 has them."""
+    return sums.astype(np.float32).astype(np.float64)
+
+
+@EDGES
+def test_wide(left: Draw, right: Draw) -> None:
+    w, a = left(0, 63, 64).astype(np.uint8), right(-127, 127, 64).astype(np.int8)
+    out = call(wide, weights(w), inputs(a), 8)
+    for token, codes in enumerate((a, a[::-1])):
+        start = 3 * int(STARTS[token])
+        dots = w.reshape(16, 4).astype(int) @ codes[8:12].astype(int)
+        assert (out[token] == rounded(start + dots * SCALES)).all()
+        assert (out[2 + token] == rounded(start + dots)).all()
+        pairs = w.view(np.int16).reshape(16, 2).astype(int)
+        words = pairs @ np.ascontiguousarray(codes[8:12]).view(np.int16).astype(int)
+        assert (out[4 + token] == rounded(start + words)).all()
+        assert (out[6 + token] == rounded(start + dots - 32 * start)).all()
+
+
+@three_integers
+def wide_full(w: int, a: int, out: int) -> None:
+    tokens = (a, a + STEP)
+    start = tiles.spread_words(tile2, tokens, 72, 1)
+    dots = tiles.wide_dot_bytes(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
+    sums = tiles.end_dots(start, dots)
+    ones = load(f32x16, w + 128)
+    totals = tiles.add_scaled(tiles.zero_floats(tile2), sums, ones, tokens, 68)
+    tiles.store_floats(out, totals)
+
+
+@three_integers
+def quad_full(w: int, a: int, out: int) -> None:
+    tokens = (a, a + STEP)
+    start = tiles.zero_sums(tile2)
+    dots = tiles.quad_dot_bytes(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
+    sums = tiles.fold_quads(tiles.end_dots(start, dots))
+    ones = load(f32x16, w + 128)
+    totals = tiles.add_scaled(tiles.zero_floats(tile2), sums, ones, tokens, 68)
+    tiles.store_floats(out, totals)
+
+
+@EDGES
+def test_full_bytes(left: Draw, right: Draw) -> None:
+    w, a = left(-128, 127, 64), right(-127, 127, 64).astype(np.int8)
+    kept = weights((w + BIAS).astype(np.uint8))
+    wide_out, quad_out = call(wide_full, kept, inputs(a), 2), call(quad_full, kept, inputs(a), 2)
+    for token, codes in enumerate((a, a[::-1])):
+        fours, sixteen = codes[8:12].astype(int), codes[8:24].astype(int)
+        surplus = (-300, 7)[token] + BIAS * fours.sum()
+        assert (wide_out[token] == surplus + w.reshape(16, 4) @ fours).all()
+        rows = w.reshape(4, 16) @ sixteen + BIAS * sixteen.sum()
+        assert (quad_out[token] == rows.repeat(4)).all()
+
+
+@three_integers
+def quad(w: int, a: int, out: int) -> None:
+    tokens = (a,)
+    codes, scales = load(u8x64, w), load(i16x32, w + 192)
+    scaled = tiles.quad_dot_scaled(tiles.zero_sums(tile1), codes, tokens, 8, scales)
+    start = tiles.zero_sums(tile1)
+    plain = tiles.end_dots(start, tiles.quad_dot(tiles.begin_dots(start), codes, tokens, 8))
+    words = tiles.quad_dot_words(start, scales, tokens, 8)
+    totals, ones = tiles.zero_floats(tile1), load(f32x16, w + 128)
+    scaled = tiles.add_scaled(totals, tiles.fold_quads(scaled), ones, tokens, 68)
+    tiles.store_floats(out, scaled)
+    plain = tiles.add_scaled(totals, tiles.fold_quads(plain), ones, tokens, 68)
+    tiles.store_floats(out + 64, plain)
+    words = tiles.add_scaled(totals, tiles.fold_quads(words), ones, tokens, 68)
+    tiles.store_floats(out + 128, words)
+    tiles.store_quads(scaled, (out + 192,), 0)
+    tiles.store_first(scaled, (out + 192,), 16)
+    tiles.store_folded(scaled, (out + 192,), 20)
+
+
+@EDGES
+def test_quad(left: Draw, right: Draw) -> None:
+    w, a = left(0, 63, 64).astype(np.uint8), right(-127, 127, 64).astype(np.int8)
+    scales = left(-128, 127, 4)
+    memory = np.concatenate([weights(w), scales.repeat(8).astype(np.int16).view(np.uint8)])
+    out = call(quad, memory, inputs(a), 4)
+    dots = w.reshape(4, 16).astype(int) @ a[8:24].astype(int)
+    assert (out[0] == (dots * scales).repeat(4)).all()
+    assert (out[1] == dots.repeat(4)).all()
+    words = scales * a[8:24].view(np.int16).astype(int).sum()
+    assert (out[2] == rounded(words.repeat(4))).all()
+    assert (out[3, :4] == dots * scales).all()
+    assert out[3, 4] == (dots * scales)[0]
+    assert out[3, 5] == 4 * (dots * scales).sum()
+
+
+@three_integers
+def products(w: int, a: int, out: int) -> None:
+    totals = tiles.load_floats(tile2, out)
+    tiles.store_floats(out, tiles.add_products(totals, load(f32x16, w), (a, a + STEP), 4))
+    store(out + 128, load(f32x16, w))
+
+
+def test_products_of_floats() -> None:
+    random = np.random.default_rng(3)
+    w, a = (random.standard_normal(n).astype(np.float32) for n in (16, 64))
+    out = np.zeros((3, 16), np.float32)
+    out[:2] = random.standard_normal((2, 16))
+    expected = out[:2] + w.astype(np.float64) * np.stack([a[1:17], a[33:49]])
+    products(w.ctypes.data, a.ctypes.data, out.ctypes.data)
+    assert abs(out[:2] - expected).max() < 1e-6
+    assert (out[2] == w).all()
+
+
+@pytest.mark.parametrize("cpu", MACHINES)
+def test_on_lesser_machines(cpu: str, tmp_path: Path) -> None:
+    """All of the above in other instructions."""
+    environment = compiled_for(cpu, tmp_path)
+    chosen = [__file__, "-k", "not lesser", "-q", "-p", "no:cacheprovider"]
+    assert " passed" in run_python(["-m", "pytest", *chosen], environment)
