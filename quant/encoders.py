@@ -16,12 +16,15 @@ from quant.search import (
     best_line,
     best_slope,
     fit_lines,
+    fit_power,
     fit_slopes,
     half_bits,
     half_scale,
     half_value,
     load,
     round_codes,
+    round_power,
+    round_values,
 )
 
 
@@ -68,7 +71,7 @@ def encode_slope(values: Array, low: Float, x: Array, table: Array, codes: Array
     """Codes 0..-2 low - 1 of 32 weights d (code + low); returns the f16 bits of d."""
     high = -low - np.float32(1)
     load(values, x)
-    d: int = half_scale(best_slope(x, 0, 32, low, high, table))
+    d: int = half_scale(best_slope(x, 0, 32, low, high, False, table))
     round_codes(x, 0, 32, half_value(d), ZERO, low, high, codes)
     return d
 
@@ -94,6 +97,33 @@ def q5_0(values: Array, out: Array) -> None:
         put_half(out[row], 0, encode_slope(values[row], np.float32(-16), x, table, codes))
         put_fifth_bits(codes, out[row], 2)
         put_nibbles(codes, 0, 16, out[row], 6)
+
+
+@kernel
+def iq4_nl(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 18) u8."""
+    x = np.empty(32, np.float32)
+    table = np.empty(TABLE, np.float32)
+    codes = np.empty(32, np.uint8)
+    for row in range(len(values)):
+        largest = load(values[row], x)
+        d = half_scale(best_slope(x, 0, 32, np.float32(-127), np.float32(113), True, table))
+        if largest < np.float32(2.0**-21):
+            d = 0  # no code stands for zero: with the smallest scale, 2^-24, the error is larger
+        round_values(x, 0, 32, half_value(d), codes)
+        put_half(out[row], 0, d)
+        put_nibbles(codes, 0, 16, out[row], 2)
+
+
+@kernel
+def mxfp4(values: Array, out: Array) -> None:
+    """values (blocks, 32) f32 -> out (blocks, 17) u8."""
+    codes = np.empty(32, np.uint8)
+    for row in range(len(values)):
+        e = fit_power(values[row])
+        round_power(values[row], e, codes)
+        out[row, 0] = e
+        put_nibbles(codes, 0, 16, out[row], 1)
 
 
 @kernel
@@ -187,7 +217,7 @@ def q6_k(values: Array, out: Array) -> None:
     high = np.float32(31)
     for row in range(len(values)):
         load(values[row], x)
-        d_bits = fit_slopes(x, low, high, table, scale)
+        d_bits = fit_slopes(x, low, high, False, np.float32(-128), table, scale)
         d = half_value(d_bits)
         for j in range(16):
             round_codes(x, 16 * j, 16, d * scale[j], ZERO, low, high, codes)
@@ -200,3 +230,28 @@ def q6_k(values: Array, out: Array) -> None:
                     bits |= (codes[128 * half + 32 * k + i] >> 4) << (2 * k)
                 out[row, 128 + 32 * half + i] = bits
         put_half(out[row], 208, d_bits)
+
+
+@kernel
+def iq4_xs(values: Array, out: Array) -> None:
+    """values (blocks, 256) f32 -> out (blocks, 136) u8."""
+    x = np.empty(256, np.float32)
+    table = np.empty(TABLE, np.float32)
+    scale = np.empty(8, np.float32)
+    scales = np.empty(8, np.uint8)
+    codes = np.empty(256, np.uint8)
+    for row in range(len(values)):
+        load(values[row], x)
+        lowest = np.float32(-32)
+        d_bits = fit_slopes(x, np.float32(-127), np.float32(113), True, lowest, table, scale)
+        d = half_value(d_bits)
+        put_half(out[row], 0, d_bits)
+        upper = 0
+        for j in range(8):
+            round_values(x, 32 * j, 32, d * scale[j], codes)
+            scales[j] = int(scale[j]) + 32
+            upper |= (int(scales[j]) >> 4) << (2 * j)
+            put_nibbles(codes, 32 * j, 16, out[row], 8 + 16 * j)
+        put_half(out[row], 2, upper)
+        for j in range(4):
+            out[row, 4 + j] = (scales[2 * j] & 15) | (scales[2 * j + 1] & 15) << 4

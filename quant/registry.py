@@ -4,8 +4,14 @@ from pathlib import Path
 
 from quant.errors import Error
 from quant.format import Format
+from quant.iq4_nl import IQ4_NL
+from quant.iq4_xs import IQ4_XS
+from quant.mxfp4 import MXFP4
 from quant.plain import BF16, F16, F32
+from quant.q2_k import Q2_K
+from quant.q3_k import Q3_K
 from quant.q4_0 import Q4_0
+from quant.q4_1 import Q4_1
 from quant.q4_k import Q4_K
 from quant.q5_0 import Q5_0
 from quant.q5_1 import Q5_1
@@ -13,9 +19,12 @@ from quant.q5_k import Q5_K
 from quant.q6_k import Q6_K
 from quant.q8_0 import Q8_0
 
-FORMATS: dict[str, Format] = {
-    format.name: format for format in (F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)
-}
+_ALL = (
+    *(F32, F16, BF16, Q8_0),
+    *(Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4),
+    *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS),
+)
+FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 
 BY_TYPE: dict[int, Format] = {format.type_id: format for format in FORMATS.values()}
 

@@ -6,9 +6,10 @@ what the error depends on,
 
     sum (x - a q - b)^2 = sum x^2 - 2 a sum q x - 2 b sum x + a^2 sum q^2 + 2 a b sum q + n b^2
 
-which also gives the best (a, b) for those codes in closed form. Formats with one float scale per
-block (Q4_0, Q5_0, Q5_1) take the best line. Formats with integer sub-block scales (Q4_K, Q5_K,
-Q6_K) need three steps:
+which also gives the best (a, b) for those codes in closed form. For IQ4_NL and IQ4_XS q is not a
+code but what it stands for, one of sixteen uneven values (`assign_values`). Formats with one float
+scale per block (Q4_0, Q5_0, Q5_1, IQ4_NL) take the best line. Formats with integer sub-block scales
+(Q4_K, Q5_K, Q6_K, IQ4_XS) need three steps:
 
     1. the best line of every sub-block; the largest one fixes the block's float scale
     2. for every sub-block, the integer scale (and minimum) near it that leaves the least error
@@ -22,7 +23,8 @@ without fused operations, so the bytes do not depend on the width of the vector 
 
 Limits: input must be finite. Weights count as at most +-2^28, beyond the reach of any format with
 an f16 scale, so that squares stay finite; where all weights of a (sub-)block are below 2^-26, less
-than half of the smallest f16, they become zeros.
+than half of the smallest f16, they become zeros. MXFP4's scales are not f16, and `fit_power` has no
+such limits.
 """
 
 import math
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from quant import iq4_nl, mxfp4
 from quant.format import Array
 from quant.jit import inner
 
@@ -58,6 +61,13 @@ _LINE_START = np.tile(np.linspace(-0.6, 0.6, 4, dtype=np.float32), 8)
 _NEAR = np.arange(-LANES // 2, LANES // 2, dtype=np.float32)
 _NEAR_SCALE = np.repeat(np.arange(-3, 5, dtype=np.float32), 4)
 _NEAR_MINIMUM = np.tile(np.arange(-1, 3, dtype=np.float32), 8)
+
+# What uneven codes stand for, and the middles between neighbours.
+_VALUES = np.array(iq4_nl.VALUES, np.float32)
+_STEPS = np.diff(_VALUES)
+_MIDDLES = (_VALUES[1:] + _VALUES[:-1]) / 2
+_FLOATS = np.array(mxfp4.VALUES[:8], np.float64)
+_FLOAT_MIDDLES = (_FLOATS[1:] + _FLOATS[:-1]) / 2
 
 
 @inner
@@ -137,8 +147,44 @@ def assign(x: Array, start: int, n: int, low: Float, high: Float, table: Array) 
 
 
 @inner
-def best_slope(x: Array, start: int, n: int, low: Float, high: Float, table: Array) -> Float:
-    """The a of the line a q, low <= q <= high, nearest to x[start : start + n]; low < 0."""
+def assign_values(x: Array, start: int, n: int, table: Array) -> None:
+    """`assign` for lines through zero, and q the nearest of the uneven values."""
+    for k in range(LANES):
+        table[Q + k] = ZERO
+        table[QQ + k] = ZERO
+        table[QX + k] = ZERO
+    for i in range(start, start + n):
+        value = x[i]
+        for k in range(LANES):
+            scaled = value * table[INVERSE + k]
+            q = _VALUES[0]
+            for j in range(_STEPS.size):
+                q += _STEPS[j] if scaled > _MIDDLES[j] else ZERO
+            table[Q + k] += q
+            table[QQ + k] += q * q
+            table[QX + k] += q * value
+
+
+@inner
+def round_values(x: Array, start: int, n: int, slope: Float, codes: Array) -> None:
+    """codes[start : start + n]: those of the uneven values nearest to x / slope."""
+    factor = inverse(slope)
+    for i in range(start, start + n):
+        scaled = x[i] * factor
+        code = ZERO
+        for j in range(_MIDDLES.size):
+            code += ONE if scaled > _MIDDLES[j] else ZERO
+        codes[i] = np.uint8(np.int32(code))
+
+
+@inner
+def best_slope(
+    x: Array, start: int, n: int, low: Float, high: Float, uneven: bool, table: Array
+) -> Float:
+    """The a of the line a q, low <= q <= high, nearest to x[start : start + n]; low < 0.
+
+    With `uneven` only the uneven values count as q.
+    """
     extreme = ZERO
     for i in range(start, start + n):
         if abs(x[i]) > abs(extreme):
@@ -150,9 +196,12 @@ def best_slope(x: Array, start: int, n: int, low: Float, high: Float, table: Arr
     for k in range(LANES // 2):  # the extreme weight at the lowest code, or at the highest
         table[INVERSE + k] = (low - codes * _SPAN[k]) * factor
         table[INVERSE + LANES // 2 + k] = (high + codes * _SPAN[k]) * factor
-    for k in range(LANES):
-        table[OFFSET + k] = ZERO
-    assign(x, start, n, low, high, table)
+    if uneven:
+        assign_values(x, start, n, table)
+    else:
+        for k in range(LANES):
+            table[OFFSET + k] = ZERO
+        assign(x, start, n, low, high, table)
     gain = 0.0
     slope = 0.0
     for k in range(LANES):
@@ -227,32 +276,38 @@ def best_lane(n: int, total: Float, table: Array) -> int:
 
 
 @inner
-def fit_slopes(x: Array, low: Float, high: Float, table: Array, scale: Array) -> int:
-    """Q6_K's scales: w = (d scale) q for 16 sub-blocks of 16, low <= q <= high.
+def fit_slopes(
+    x: Array, low: Float, high: Float, uneven: bool, lowest: Float, table: Array, scale: Array
+) -> int:
+    """Q6_K's and IQ4_XS's scales: w = (d scale) q for sub-blocks of equal size; low <= q <= high.
 
-    Fills scale (16,) f32 with integers -128..127 and returns the f16 bits of d.
+    Fills scale, f32, with integers from `lowest` to -lowest - 1 and returns the f16 bits of d.
     """
+    size = x.size // scale.size
     largest = ZERO
-    for j in range(16):
-        scale[j] = best_slope(x, 16 * j, 16, low, high, table)
+    for j in range(scale.size):
+        scale[j] = best_slope(x, size * j, size, low, high, uneven, table)
         if abs(scale[j]) > abs(largest):
             largest = scale[j]
-    d_bits: int = half_scale(largest / np.float32(-128))
+    d_bits: int = half_scale(largest / lowest)
     d = half_value(d_bits)
     ss = 0.0
     sx = 0.0
-    for j in range(16):
+    for j in range(scale.size):
         if scale[j] == ZERO:
             continue
         nearest = np.rint(scale[j] * inverse(d))
         for k in range(LANES):
-            s = min(max(nearest + _NEAR[k], np.float32(-128)), np.float32(127))
+            s = min(max(nearest + _NEAR[k], lowest), -lowest - ONE)
             table[SCALE + k] = s
             table[SLOPE + k] = d * s
             table[INVERSE + k] = inverse(d * s)
             table[OFFSET + k] = ZERO
-        assign(x, 16 * j, 16, low, high, table)
-        k = best_lane(16, 0.0, table)
+        if uneven:
+            assign_values(x, size * j, size, table)
+        else:
+            assign(x, size * j, size, low, high, table)
+        k = best_lane(size, 0.0, table)
         scale[j] = table[SCALE + k]
         best_s = np.float64(scale[j])
         ss += best_s * best_s * np.float64(table[QQ + k])
@@ -322,3 +377,49 @@ def fit_lines(x: Array, high: Float, table: Array, scale: Array, minimum: Array)
 def _error(d: Float, dmin: Float, ss: Float, sm: Float, mm: Float, sx: Float, mx: Float) -> Float:
     """Squared error of a block, but for sum x^2, when its codes, scales and minima are fixed."""
     return d * (d * ss - 2.0 * sx) + dmin * (dmin * mm + 2.0 * mx - 2.0 * d * sm)
+
+
+@inner
+def fit_power(values: Array) -> int:
+    """MXFP4's scale: the e with which w = 2^(e - 128) q is nearest to values, 0 <= e <= 252.
+
+    Sums are in float64, to which no float32 is too large or too small. 252 is the last e with
+    which rounding a finite weight cannot give an infinite one.
+    """
+    largest = 0.0
+    for i in range(values.size):
+        largest = max(largest, abs(np.float64(values[i])))
+    _, exponent = math.frexp(largest)
+    plain = exponent + 124  # the largest weight is in 4..8 halves of 2^(e - 127)
+    least = math.inf
+    best = 0
+    for candidate in range(plain - 1, plain + 2):
+        e = min(max(candidate, 0), 252)
+        scale = math.ldexp(1.0, e - 128)
+        error = 0.0
+        for i in range(values.size):
+            size = abs(np.float64(values[i]))
+            difference = size - scale * _FLOATS[_float_code(size / scale)]
+            error += difference * difference
+        if error < least:
+            least = error
+            best = e
+    return best
+
+
+@inner
+def round_power(values: Array, e: int, codes: Array) -> None:
+    """codes: those of MXFP4's values nearest to values / 2^(e - 128)."""
+    scale = math.ldexp(1.0, e - 128)
+    for i in range(values.size):
+        code = _float_code(abs(np.float64(values[i])) / scale)
+        codes[i] = code | 8 if values[i] < ZERO and code > 0 else code
+
+
+@inner
+def _float_code(size: Float) -> int:
+    """The code, 0..7, of the one of MXFP4's values nearest to size >= 0."""
+    code = 0
+    for j in range(_FLOAT_MIDDLES.size):
+        code += size > _FLOAT_MIDDLES[j]
+    return code

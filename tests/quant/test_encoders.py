@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quant import encoders, search
+from quant import encoders, iq4_nl, mxfp4, search
 from quant.format import Array, Format
 from quant.measure import normalised_rmse
 from quant.registry import FORMATS
 from tests.quant.data import gaussian, heavy_tailed
 
-NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 EACH = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=NAMES)
 
 # Codes of a format (Q8_0's without the one it does not use): a weight is at most about half of
-# 1 / (codes - 1) of the block's range away from a code when the scale is the plain one.
+# 1 / (codes - 1) of the block's range away from a code when the scale is the plain one. For uneven
+# codes, as many as even ones would be at their widest spacing.
 CODES = {"Q8_0": 255, "Q4_0": 16, "Q5_0": 32, "Q5_1": 32, "Q4_K": 16, "Q5_K": 32, "Q6_K": 64}
+CODES |= {"IQ4_NL": 11, "IQ4_XS": 11, "MXFP4": 7}
+
+# How far off a lone weight may be, which the scale is made for. An f16 scale is good to 2^-11, and
+# to 2^-8 where it is subnormal (0.0137 in Q6_K); with a power of two, what is stored is 1 or 1.5.
+PRECISION = dict.fromkeys(NAMES, 2.0**-8) | {"MXFP4": 0.2}
 
 # Normalised RMSE of llama.cpp's encoders (ggml 0.25.3) without an importance matrix on the two
 # arrays of tests/quant/data.py, measured by tests/quant/test_llama_cpp.py; and of ours.
@@ -30,9 +36,12 @@ MEASURED = {
     "Q4_0": ((0.086087, 0.081144), (0.128599, 0.124326)),
     "Q5_0": ((0.042646, 0.039947), (0.066058, 0.064257)),
     "Q5_1": ((0.037797, 0.033159), (0.048353, 0.042974)),
+    "IQ4_NL": ((0.075867, 0.073056), (0.102703, 0.099135)),
+    "MXFP4": ((0.114022, 0.111325), (0.142997, 0.139348)),
     "Q4_K": ((0.071355, 0.069426), (0.092727, 0.089980)),
     "Q5_K": ((0.036168, 0.034191), (0.046805, 0.044367)),
     "Q6_K": ((0.017764, 0.016441), (0.025419, 0.023999)),
+    "IQ4_XS": ((0.076497, 0.073733), (0.103780, 0.100244)),
 }
 
 
@@ -89,6 +98,27 @@ def test_no_line_of_a_fine_grid_is_much_better(name: str) -> None:
     assert (ours**2).sum() <= 1.03 * least.sum()
 
 
+@pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4"])
+def test_no_scale_of_a_fine_grid_is_much_better(name: str) -> None:
+    """Exhaustive search in float64 over 800 scales, or all powers of two, for uneven codes."""
+    format = FORMATS[name]
+    values = gaussian(1, 32 * 64).reshape(-1, 32).astype(np.float64)
+    codes = np.unique((iq4_nl if name == "IQ4_NL" else mxfp4).VALUES).astype(np.float64)
+    extreme = values[np.arange(len(values)), abs(values).argmax(axis=1)][:, None]
+    if name == "IQ4_NL":
+        scales = [
+            extreme / (end * share) for end in (-127, 113) for share in np.linspace(0.6, 1.4, 400)
+        ]
+    else:
+        scales = [np.full_like(extreme, 2.0**exponent) for exponent in range(-40, 10)]
+    least = np.full(len(values), np.inf)
+    for scale in scales:
+        nearest = codes[np.searchsorted((codes[1:] + codes[:-1]) / 2, values / scale)]
+        least = np.minimum(least, ((nearest * scale - values) ** 2).sum(axis=1))
+    ours = stored(format, values.astype(np.float32)) - values
+    assert (ours**2).sum() <= (1.001 if name == "IQ4_NL" else 1.000001) * least.sum()
+
+
 @EACH
 def test_no_weight_is_further_from_its_code_than_a_step(format: Format) -> None:
     values = gaussian(8)
@@ -117,15 +147,16 @@ def test_a_zero_block_between_others_stays_zero(format: Format) -> None:
 @pytest.mark.parametrize("constant", [1.0, -1.0, 0.0137, -3000.0])
 def test_a_constant_block_keeps_its_value(format: Format, constant: float) -> None:
     values = np.full((1, format.length), constant, np.float32)
-    # The f16 scale is good to 2^-11, and to 2^-8 where it is subnormal (0.0137 in Q6_K).
-    np.testing.assert_allclose(stored(format, values), values, rtol=2.0**-8)
+    np.testing.assert_allclose(stored(format, values), values, rtol=PRECISION[format.name])
 
 
 @EACH
 def test_one_large_weight_survives_among_small_ones(format: Format) -> None:
     values = gaussian(1, format.length)
     values[0, 5] = 40.0
-    assert stored(format, values)[0, 5] == pytest.approx(40.0, rel=0.02)
+    assert stored(format, values)[0, 5] == pytest.approx(
+        40.0, rel=max(0.02, PRECISION[format.name])
+    )
 
 
 @EACH
@@ -145,17 +176,20 @@ REACH = {
     "Q4_0": 65504 * 7,
     "Q5_0": 65504 * 15,
     "Q5_1": 65504,
+    "IQ4_NL": 65504 * 113,
+    "MXFP4": 1.5 * 2.0**127,
     "Q4_K": 65504 * 63,
     "Q5_K": 65504 * 63,
     "Q6_K": 65504 * 127 * 31,
+    "IQ4_XS": 65504 * 31 * 113,
 }
 
 
 @EACH
 @pytest.mark.parametrize("share", [0.1, 1.0])
 def test_large_weights_that_fit_keep_their_precision(format: Format, share: float) -> None:
-    values = gaussian(4, 4 * format.length)
-    values *= np.float32(share * REACH[format.name]) / abs(values).max()
+    values = gaussian(4, 4 * format.length).astype(np.float64)
+    values = (values * (share * REACH[format.name] / abs(values).max())).astype(np.float32)
     error = normalised_rmse(values, stored(format, values))
     assert error <= 1.5 * MEASURED[format.name][0][1]  # few blocks: the error varies
 
@@ -167,7 +201,8 @@ def test_weights_beyond_the_reach_become_the_largest(format: Format, size: float
     result = stored(format, values)
     assert np.isfinite(result).all()
     assert (np.sign(result) == np.sign(values)).all()
-    assert (abs(result) >= 0.99 * REACH[format.name]).all()
+    largest = min(size, REACH[format.name])
+    assert (abs(result) >= min(0.99, 1 - PRECISION[format.name]) * largest).all()
 
 
 @EACH

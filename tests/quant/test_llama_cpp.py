@@ -15,7 +15,7 @@ from tests.quant.data import gaussian, heavy_tailed
 
 pytestmark = pytest.mark.reference
 
-NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 EACH = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=NAMES)
 WORSE_THAN_LLAMA_CPP = 1.02  # the project's acceptance limit
 DEMO = Path(__file__).resolve().parents[2] / "ondevice" / "demo"
