@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from ondevice.sampling import Sampling
 
 VERSION = "0.1.0"
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0")
+TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4_MOE", "Q4_0"),
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

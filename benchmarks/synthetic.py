@@ -107,7 +107,8 @@ def plan(shape: HParams, kind: str, mtp: bool) -> list[tuple[str, tuple[int, ...
     blocks = shape.layers + mtp
     file_type = recipe.file_type(kind)
     sizes = [(output.name, output.shape) for output in outputs]
-    formats = recipe.choose(file_type, sizes, blocks, shape.experts)
+    queries_per_key = shape.heads // shape.kv_heads
+    formats = recipe.choose(file_type, sizes, blocks, shape.experts, queries_per_key)
     return [(name, size, FORMATS[formats[name]]) for name, size in sizes]
 
 

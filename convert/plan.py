@@ -140,7 +140,11 @@ def make_plan(checkpoint: Checkpoint, kind: FileType, mtp: bool = True) -> Plan:
         notes.append(f"vocabulary padded from {tokens} to {hparams.vocabulary} tokens")
     blocks = hparams.layers + (prefix is not None)
     formats = recipe.choose(
-        kind, [(output.name, output.shape) for output in outputs], blocks, hparams.experts
+        kind,
+        [(output.name, output.shape) for output in outputs],
+        blocks,
+        hparams.experts,
+        hparams.heads // hparams.kv_heads,
     )
     keys = (
         metadata.general(checkpoint.folder, kind)

@@ -9,10 +9,14 @@ test that runs the real one. In its words:
   of Q4_K_M and Q5_K_M get Q6_K. i counts attn_v-like tensors in file order; for ffn_down it is the
   block number. n includes the MTP block.
 * Q4_K_S: Q5_K for the first four attn_v-like tensors and the first eighth of ffn_down.
-* The output matrix (token_embd when it is tied) gets Q6_K, in a Q8_0 file Q8_0.
-* Models with exactly 8 experts: attn_v and attn_k Q8_0; in Q4_K_S and Q4_K_M attn_output Q5_K.
+* IQ4_NL and IQ4_XS: Q5_K for the attn_v-like tensors where four or more query heads share a key
+  head, and for the first eighth of ffn_down.
+* MXFP4_MOE: MXFP4 for the stacks of experts, Q8_0 for the rest.
+* The output matrix (token_embd when it is tied) gets Q6_K, in a Q8_0 or MXFP4_MOE file Q8_0.
+* Models with exactly 8 experts: attn_v and attn_k Q8_0; attn_output Q5_K where the base format is
+  Q4_K, IQ4_NL or IQ4_XS.
 * A row that is not a whole number of 256-blocks falls back to a format of 32: Q4_K -> Q5_0,
-  Q5_K -> Q5_1, Q6_K -> Q8_0; one that is not a whole number of 32-blocks to F16.
+  Q5_K -> Q5_1, Q6_K -> Q8_0, IQ4_XS -> IQ4_NL; one that is not a whole number of 32-blocks to F16.
 """
 
 import re
@@ -46,11 +50,15 @@ _TYPES = (
     FileType("Q5_K_M", 17, "Q5_K"),
     FileType("Q4_K_M", 15, "Q4_K"),
     FileType("Q4_K_S", 14, "Q4_K"),
+    FileType("IQ4_NL", 25, "IQ4_NL"),
+    FileType("IQ4_XS", 30, "IQ4_XS"),
+    FileType("MXFP4_MOE", 38, "Q8_0"),
     FileType("Q4_0", 2, "Q4_0"),
 )
 FILE_TYPES = {file_type.name: file_type for file_type in _TYPES}
 _ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_FOUR_BITS = ("Q4_K", "IQ4_NL", "IQ4_XS")
 _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 
 
@@ -92,8 +100,13 @@ def is_quantized(name: str, shape: Shape) -> bool:
     )
 
 
+def _length(name: str) -> int:
+    """Weights per block of a format."""
+    return 256 if name.endswith(("_K", "_XS")) else 32
+
+
 def _fallback(name: str, columns: int) -> str:
-    length = 256 if name.endswith("_K") else 32
+    length = _length(name)
     if columns % length == 0:
         return name
     name = _FALLBACK.get(name, name)
@@ -101,9 +114,16 @@ def _fallback(name: str, columns: int) -> str:
 
 
 def choose(
-    kind: FileType, tensors: Iterable[tuple[str, Shape]], blocks: int, experts: int
+    kind: FileType,
+    tensors: Iterable[tuple[str, Shape]],
+    blocks: int,
+    experts: int,
+    queries_per_key: int,
 ) -> dict[str, str]:
-    """The format name of every tensor; `blocks` counts the MTP block too."""
+    """The format name of every tensor; `blocks` counts the MTP block too.
+
+    `queries_per_key` is the number of query heads that share a key head.
+    """
     ordered = sorted(tensors, key=lambda item: (_block_number(item[0]), item[0]))
     tied = all(name != "output.weight" for name, _ in ordered)
     values = sum(_is_value_like(name) for name, _ in ordered)
@@ -119,29 +139,34 @@ def choose(
             if name == "output.weight" or (tied and name == "token_embd.weight"):
                 chosen = _output_format(kind, shape[-1])
             elif _is_value_like(name):
-                chosen = _value_format(kind, seen, values, experts)
+                chosen = _value_format(kind, seen, values, experts, queries_per_key)
                 seen += 1
+            elif kind.name == "MXFP4_MOE" and _axes(shape) == 3:
+                chosen = "MXFP4"
             elif "ffn_down" in name:
                 chosen = _down_format(kind, _block_number(name), blocks)
             elif experts == 8 and "attn_k.weight" in name:
                 chosen = "Q8_0"
-            elif experts == 8 and "attn_output.weight" in name and kind.base == "Q4_K":
+            elif experts == 8 and "attn_output.weight" in name and kind.base in _FOUR_BITS:
                 chosen = "Q5_K"
             formats[name] = _fallback(chosen, shape[-1])
     return formats
 
 
 def _output_format(kind: FileType, columns: int) -> str:
-    length = 256 if kind.base.endswith("_K") else 32
-    return "Q8_0" if kind.base == "Q8_0" or columns % length else "Q6_K"
+    return "Q8_0" if kind.base == "Q8_0" or columns % _length(kind.base) else "Q6_K"
 
 
-def _value_format(kind: FileType, index: int, count: int, experts: int) -> str:
+def _value_format(
+    kind: FileType, index: int, count: int, experts: int, queries_per_key: int
+) -> str:
     if experts == 8:
         return "Q8_0"
     if kind.name in ("Q4_K_M", "Q5_K_M") and more_bits(index, count):
         return "Q6_K"
     if kind.name == "Q4_K_S" and index < 4:
+        return "Q5_K"
+    if kind.base in ("IQ4_NL", "IQ4_XS") and queries_per_key >= 4:
         return "Q5_K"
     return kind.base
 
@@ -149,6 +174,6 @@ def _value_format(kind: FileType, index: int, count: int, experts: int) -> str:
 def _down_format(kind: FileType, block: int, blocks: int) -> str:
     if kind.name in ("Q4_K_M", "Q5_K_M") and more_bits(block, blocks):
         return "Q6_K"
-    if kind.name == "Q4_K_S" and block < blocks // 8:
+    if kind.name in ("Q4_K_S", "IQ4_NL", "IQ4_XS") and block < blocks // 8:
         return "Q5_K"
     return kind.base

@@ -61,7 +61,7 @@ def test_the_same_format_for_every_tensor(name: str, tmp_path: Path) -> None:
         assert ours == theirs, kind.name
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K_M", "IQ4_NL", "IQ4_XS", "MXFP4_MOE"])
 @pytest.mark.parametrize("name", ["four_queries_per_key", "tied"])
 def test_it_runs(name: str, kind: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / name, SHAPES[name])
