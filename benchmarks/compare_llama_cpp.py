@@ -1,9 +1,9 @@
 """Compare this runtime's logits with llama.cpp's on the same GGUF files.
 
-Each checkpoint is converted by us to BF16, Q8_0 and Q4_K_M (multi-token block included), and
-llama.cpp's own `llama_model_quantize` makes further files from our BF16 one. Both programs then
-read the same file and the same token ids, teacher-forced. Positions count where llama.cpp's two
-best logits differ by more than CLEAR of its largest logit: elsewhere the winner is rounding's
+Each checkpoint is converted by us to the file types of OUR_TYPES (multi-token block included), and
+llama.cpp's own `llama_model_quantize` makes those of LLAMA_TYPES from our BF16 one. Both programs
+then read the same file and the same token ids, teacher-forced. Positions count where llama.cpp's
+two best logits differ by more than CLEAR of its largest logit: elsewhere the winner is rounding's
 choice, since llama.cpp rounds activations to BF16 (BF16 weights) or to 8 bits (quantised ones).
 
 Columns: positions, clear ones, those where both name the same token, and the largest difference of
@@ -35,7 +35,7 @@ DATA = ROOT / "tests" / "data"
 
 CLEAR = 0.01
 SEED = 1
-OUR_TYPES = ("BF16", "Q8_0", "Q4_K_M")
+OUR_TYPES = ("BF16", "Q8_0", "Q4_K_M", "IQ4_NL", "IQ4_XS", "MXFP4_MOE")
 LLAMA_TYPES = {
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
     "Q4_K_S": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
@@ -43,6 +43,12 @@ LLAMA_TYPES = {
     "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "IQ4_NL": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL,
+    "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "MXFP4_MOE": llama_cpp.LLAMA_FTYPE_MOSTLY_MXFP4_MOE,
+    "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
+    "Q3_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "Q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
 }
 
 

@@ -195,6 +195,9 @@ def random_records(
 SCALES = ("d", "dmin", "m")
 """Fields of floats in a block: its scale, and what scales or is its minimum."""
 
+WRITTEN = [name for name in READERS if FORMATS[name].quantize]
+"""The formats that can be encoded; the others are only read."""
+
 
 def expanded(name: str, raw: Array) -> Array:
     """Rows of blocks as gguf's own code expands them, float32."""
@@ -228,6 +231,8 @@ def random_blocks(
     for field in SCALES:
         if field in (format.block.names or ()):
             blocks[field] = random.standard_normal(blocks.shape) / 64
+    if name == "MXFP4":
+        blocks["e"] = random.integers(120, 124, blocks.shape)
     return raw
 
 
@@ -283,6 +288,7 @@ def product_error(name: str, raw: Array, records: Array, product: Array) -> floa
     weights = expanded(name, raw).astype(np.float64)
     activations = meant(READERS[name].activation, records, weights.shape[1])
     terms = abs(activations) @ magnitude(name, raw).T
+    terms = np.maximum(terms, np.finfo(np.float32).tiny)  # rows of zeros: nothing but 0 will do
     return float((abs(product - activations @ weights.T) / terms).max())
 
 

@@ -12,6 +12,7 @@ from quant.registry import FORMATS
 from tests.ondevice.kernels.harness import (
     MACHINES,
     PRODUCT_ERROR,
+    WRITTEN,
     Rows,
     bits,
     compiled_for,
@@ -27,7 +28,7 @@ EACH = pytest.mark.parametrize("name", READERS)
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17, tile.CHUNK + 3)
 ROWS = (1, 3, 4, 6, tile.ROWS - 1, tile.ROWS, 2 * tile.ROWS + 3)
 SEED = 4
-LESSER = ["F16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+LESSER = ["F16", "Q8_0", "Q4_0", "Q5_1", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 
 
 def column_counts(name: str) -> list[int]:
@@ -38,6 +39,8 @@ def column_counts(name: str) -> list[int]:
 @EACH
 @pytest.mark.parametrize("source", ["encoded", "random", "extreme"])
 def test_products_differ_by_rounding_only(name: str, source: str) -> None:
+    if source == "encoded" and name not in WRITTEN:
+        pytest.skip(f"{name} is only read")
     random = np.random.default_rng(SEED)
     extreme = source == "extreme"
     for columns in column_counts(name):
