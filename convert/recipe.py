@@ -56,14 +56,14 @@ _TYPES = (
     FileType("Q4_0", 2, "Q4_0"),
 )
 FILE_TYPES = {file_type.name: file_type for file_type in _TYPES}
-_ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+_ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 _FOUR_BITS = ("Q4_K", "IQ4_NL", "IQ4_XS")
 _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 
 
 def file_type(name: str) -> FileType:
-    """The file type called `name`, in any case; Q4_K means Q4_K_M and Q5_K means Q5_K_M."""
+    """The file type called `name`, in any case; Q4_K, Q5_K and MXFP4 mean the mixes made of them."""
     upper = name.upper()
     found = FILE_TYPES.get(_ALIASES.get(upper, upper))
     if found is None:

@@ -130,5 +130,6 @@ def test_one_row_is_not_a_matrix() -> None:
 def test_names() -> None:
     assert file_type("q4_k").name == "Q4_K_M"
     assert file_type("Q5_K").name == "Q5_K_M"
+    assert file_type("mxfp4").name == "MXFP4_MOE"
     with pytest.raises(UsageError, match="'Q3_K_M' is unknown; choose one of F32, F16"):
         file_type("Q3_K_M")
