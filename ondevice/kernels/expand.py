@@ -9,7 +9,10 @@ from ondevice.kernels.dot.tile import ByLayout, Layout
 from ondevice.kernels.layout import TOKENS, argument, word
 from ondevice.kernels.operation import expand_kernel, operation
 from ondevice.kernels.simd import (
+    convert,
+    f32x16,
     function_call,
+    load,
     load_bf16,
     load_f16,
     load_f32,
@@ -17,20 +20,28 @@ from ondevice.kernels.simd import (
     load_i32,
     load_u8,
     load_u32,
+    splat,
+    store,
     store_f32,
+    u8x16,
 )
 from quant import iq4_nl, mxfp4
 from quant.jit import inner
 
-F32, F16, BF16, Q8_0 = (Layout(name) for name in ("F32", "F16", "BF16", "Q8_0"))
-Q4_0, Q4_1, Q5_0, Q5_1 = (Layout(name) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))
-Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (Layout(f"Q{bits}_K") for bits in range(2, 7))
-IQ4_NL, IQ4_XS, MXFP4 = (Layout(name) for name in ("IQ4_NL", "IQ4_XS", "MXFP4"))
-
+Q4_1, Q2_K, Q3_K = Layout("Q4_1"), Layout("Q2_K"), Layout("Q3_K")
+IQ4_NL, IQ4_XS, MXFP4 = Layout("IQ4_NL"), Layout("IQ4_XS"), Layout("MXFP4")
 IQ4_VALUES = np.array(iq4_nl.VALUES, np.float32)
 MXFP4_VALUES = np.array(mxfp4.VALUES, np.float32)
 
 call_expand = function_call(3)
+
+
+def expand(layout, row, columns, out):
+    """A row of `layout`; for those formats whose products begin with it."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+expansions = ByLayout(expand)
 
 
 @operation
@@ -42,19 +53,29 @@ def embed(op, step, t, scratch):
     call_expand(kernel, (row, columns, x + t * x_bytes))
 
 
-def weight(layout, row, c):
-    """Weight c of a row of blocks of `layout`, as a float32."""
-    raise NotImplementedError("only inside compiled kernels")
-
-
-weights = ByLayout(weight)
-
-
-@inner
-def expand(layout, row, columns, out):
-    """All of a row's weights."""
+@expand_kernel
+def expand_f32(row, columns, out):
     for c in range(columns):
-        store_f32(out + 4 * c, weight(layout, row, c))
+        store_f32(out + 4 * c, load_f32(row + 4 * c))
+
+
+@expand_kernel
+def expand_f16(row, columns, out):
+    for c in range(columns):
+        store_f32(out + 4 * c, load_f16(row + 2 * c))
+
+
+@expand_kernel
+def expand_bf16(row, columns, out):
+    for c in range(columns):
+        store_f32(out + 4 * c, load_bf16(row + 2 * c))
+
+
+@expand_kernel
+def expand_q8_0(row, columns, out):
+    for c in range(columns):
+        block = row + 34 * (c // 32)
+        store_f32(out + 4 * c, np.float32(load_i8(block + 2 + c % 32)) * load_f16(block))
 
 
 @inner
@@ -63,91 +84,30 @@ def nibble(codes, i):
     return (load_u8(codes + i % 16) >> (4 * (i // 16))) & 15
 
 
-@inner
-def pair(codes, i):
-    """Two bits i of 256: those of 32 bytes, two by two from the lowest, and then of 32 more."""
-    return (load_u8(codes + 32 * (i // 128) + i % 32) >> (2 * (i % 128 // 32))) & 3
+@expand_kernel
+def expand_q4_0(row, columns, out):
+    for c in range(columns):
+        block = row + 18 * (c // 32)
+        code = nibble(block + 2, c % 32) - 8
+        store_f32(out + 4 * c, np.float32(code) * load_f16(block))
 
 
-@weights.register(F32)
-def weight_f32(layout, row, c):
-    return load_f32(row + 4 * c)
+@expand_kernel
+def expand_q5_0(row, columns, out):
+    for c in range(columns):
+        block, i = row + 22 * (c // 32), c % 32
+        high = (np.int64(load_u32(block + 2)) >> i) & 1
+        code = (nibble(block + 6, i) | high << 4) - 16
+        store_f32(out + 4 * c, np.float32(code) * load_f16(block))
 
 
-@weights.register(F16)
-def weight_f16(layout, row, c):
-    return load_f16(row + 2 * c)
-
-
-@weights.register(BF16)
-def weight_bf16(layout, row, c):
-    return load_bf16(row + 2 * c)
-
-
-@weights.register(Q8_0)
-def weight_q8_0(layout, row, c):
-    block = row + 34 * (c // 32)
-    return np.float32(load_i8(block + 2 + c % 32)) * load_f16(block)
-
-
-@weights.register(Q4_0)
-def weight_q4_0(layout, row, c):
-    block = row + 18 * (c // 32)
-    return np.float32(nibble(block + 2, c % 32) - 8) * load_f16(block)
-
-
-@weights.register(Q4_1)
-def weight_q4_1(layout, row, c):
-    block = row + 20 * (c // 32)
-    return np.float32(nibble(block + 4, c % 32)) * load_f16(block) + load_f16(block + 2)
-
-
-@weights.register(Q5_0)
-def weight_q5_0(layout, row, c):
-    block, i = row + 22 * (c // 32), c % 32
-    high = (np.int64(load_u32(block + 2)) >> i) & 1
-    return np.float32((nibble(block + 6, i) | high << 4) - 16) * load_f16(block)
-
-
-@weights.register(Q5_1)
-def weight_q5_1(layout, row, c):
-    block, i = row + 24 * (c // 32), c % 32
-    high = (np.int64(load_u32(block + 4)) >> i) & 1
-    product = np.float32(nibble(block + 8, i) | high << 4) * load_f16(block)
-    return product + load_f16(block + 2)
-
-
-@weights.register(IQ4_NL)
-def weight_iq4_nl(layout, row, c):
-    block = row + 18 * (c // 32)
-    return IQ4_VALUES[nibble(block + 2, c % 32)] * load_f16(block)
-
-
-@weights.register(MXFP4)
-def weight_mxfp4(layout, row, c):
-    block = row + 17 * (c // 32)
-    e = load_u8(block)
-    # 2 ** (e - 128): below e = 2 a subnormal
-    scale = np.uint32(0x200000 << e if e < 2 else (e - 1) << 23).view(np.float32)
-    return MXFP4_VALUES[nibble(block + 1, c % 32)] * scale
-
-
-@weights.register(Q2_K)
-def weight_q2_k(layout, row, c):
-    block, i = row + 84 * (c // 256), c % 256
-    packed = load_u8(block + i // 16)
-    product = load_f16(block + 80) * np.float32(packed & 15) * np.float32(pair(block + 16, i))
-    return product - load_f16(block + 82) * np.float32(packed >> 4)
-
-
-@weights.register(Q3_K)
-def weight_q3_k(layout, row, c):
-    block, i = row + 110 * (c // 256), c % 256
-    j = i // 16
-    low = (load_u8(block + 96 + j % 8) >> (4 * (j // 8))) & 15
-    high = (load_u8(block + 104 + j % 4) >> (2 * (j // 4))) & 3
-    code = pair(block + 32, i) | ((load_u8(block + i % 32) >> (i // 32)) & 1) << 2
-    return load_f16(block + 108) * np.float32((low | high << 4) - 32) * np.float32(code - 4)
+@expand_kernel
+def expand_q5_1(row, columns, out):
+    for c in range(columns):
+        block, i = row + 24 * (c // 32), c % 32
+        high = (np.int64(load_u32(block + 4)) >> i) & 1
+        product = np.float32(nibble(block + 8, i) | high << 4) * load_f16(block)
+        store_f32(out + 4 * c, product + load_f16(block + 2))
 
 
 @inner
@@ -160,94 +120,129 @@ def six_bit_pair(scales, j):
     return scale, (packed >> 4) | (load_u8(scales + j) >> 6) << 4
 
 
-@weights.register(Q4_K)
-def weight_q4_k(layout, row, c):
-    block, i = row + 144 * (c // 256), c % 256
-    j = i // 32
-    scale, low = six_bit_pair(block + 4, j)
-    code = (load_u8(block + 16 + 32 * (j // 2) + i % 32) >> (4 * (j % 2))) & 15
-    product = load_f16(block) * np.float32(scale) * np.float32(code)
-    return product - load_f16(block + 2) * np.float32(low)
-
-
-@weights.register(Q5_K)
-def weight_q5_k(layout, row, c):
-    block, i = row + 176 * (c // 256), c % 256
-    j = i // 32
-    scale, low = six_bit_pair(block + 4, j)
-    code = (load_u8(block + 48 + 32 * (j // 2) + i % 32) >> (4 * (j % 2))) & 15
-    code |= ((load_u8(block + 16 + i % 32) >> j) & 1) << 4
-    product = load_f16(block) * np.float32(scale) * np.float32(code)
-    return product - load_f16(block + 2) * np.float32(low)
-
-
-@weights.register(Q6_K)
-def weight_q6_k(layout, row, c):
-    block, i = row + 210 * (c // 256), c % 256
-    half, quarter, lane = i // 128, i % 128 // 32, i % 32
-    low = load_u8(block + 64 * half + 32 * (quarter % 2) + lane) >> (4 * (quarter // 2)) & 15
-    scale = load_f16(block + 208) * np.float32(load_i8(block + 192 + i // 16))
-    return scale * np.float32((low | pair(block + 128, i) << 4) - 32)
-
-
-@weights.register(IQ4_XS)
-def weight_iq4_xs(layout, row, c):
-    block, i = row + 136 * (c // 256), c % 256
-    j = i // 32
-    low = (load_u8(block + 4 + j // 2) >> (4 * (j % 2))) & 15
-    high = (load_u8(block + 2 + j // 4) >> (2 * (j % 4))) & 3
-    scale = load_f16(block) * np.float32((low | high << 4) - 32)
-    return scale * IQ4_VALUES[nibble(block + 8 + 16 * j, i % 32)]
+@expand_kernel
+def expand_q4_k(row, columns, out):
+    for c in range(columns):
+        block, i = row + 144 * (c // 256), c % 256
+        j = i // 32
+        scale, low = six_bit_pair(block + 4, j)
+        code = (load_u8(block + 16 + 32 * (j // 2) + i % 32) >> (4 * (j % 2))) & 15
+        product = load_f16(block) * np.float32(scale) * np.float32(code)
+        store_f32(out + 4 * c, product - load_f16(block + 2) * np.float32(low))
 
 
 @expand_kernel
-def expand_f32(row, columns, out):
-    expand(F32, row, columns, out)
+def expand_q5_k(row, columns, out):
+    for c in range(columns):
+        block, i = row + 176 * (c // 256), c % 256
+        j = i // 32
+        scale, low = six_bit_pair(block + 4, j)
+        code = (load_u8(block + 48 + 32 * (j // 2) + i % 32) >> (4 * (j % 2))) & 15
+        code |= ((load_u8(block + 16 + i % 32) >> j) & 1) << 4
+        product = load_f16(block) * np.float32(scale) * np.float32(code)
+        store_f32(out + 4 * c, product - load_f16(block + 2) * np.float32(low))
 
 
 @expand_kernel
-def expand_f16(row, columns, out):
-    expand(F16, row, columns, out)
+def expand_q6_k(row, columns, out):
+    for c in range(columns):
+        block, i = row + 210 * (c // 256), c % 256
+        half, quarter, lane = i // 128, i % 128 // 32, i % 32
+        low = load_u8(block + 64 * half + 32 * (quarter % 2) + lane) >> (4 * (quarter // 2)) & 15
+        high = load_u8(block + 128 + 32 * half + lane) >> (2 * quarter) & 3
+        scale = load_f16(block + 208) * np.float32(load_i8(block + 192 + i // 16))
+        store_f32(out + 4 * c, scale * np.float32((low | high << 4) - 32))
 
 
-@expand_kernel
-def expand_bf16(row, columns, out):
-    expand(BF16, row, columns, out)
+@inner
+def times(codes, scale):
+    """The codes of a u8x16 times a float32, as f32x16."""
+    return convert(f32x16, codes) * scale
 
 
-@expand_kernel
-def expand_q8_0(row, columns, out):
-    expand(Q8_0, row, columns, out)
+@expansions.register(Q4_1)
+def row_q4_1(layout, row, columns, out):
+    for b in range(columns // 32):
+        block, at = row + 20 * b, out + 128 * b
+        d, m = load_f16(block), splat(f32x16, load_f16(block + 2))
+        packed = load(u8x16, block + 4)
+        store(at, times(packed & np.uint8(15), d) + m)
+        store(at + 64, times(packed >> np.uint8(4), d) + m)
 
 
-@expand_kernel
-def expand_q4_0(row, columns, out):
-    expand(Q4_0, row, columns, out)
+@expansions.register(Q2_K)
+def row_q2_k(layout, row, columns, out):
+    for b in range(columns // 256):
+        block, at = row + 84 * b, out + 1024 * b
+        d, dmin = load_f16(block + 80), load_f16(block + 82)
+        for j in range(16):
+            scales = load_u8(block + j)
+            codes = sub_block_pairs(block + 16, j)
+            low = splat(f32x16, dmin * np.float32(scales >> 4))
+            store(at + 64 * j, times(codes, d * np.float32(scales & 15)) - low)
+
+
+@expansions.register(Q3_K)
+def row_q3_k(layout, row, columns, out):
+    for b in range(columns // 256):
+        block, at = row + 110 * b, out + 1024 * b
+        d = load_f16(block + 108)
+        for j in range(16):
+            low = (load_u8(block + 96 + j % 8) >> (4 * (j // 8))) & 15
+            high = (load_u8(block + 104 + j % 4) >> (2 * (j // 4))) & 3
+            scale = d * np.float32((low | high << 4) - 32)
+            third = (load(u8x16, block + 16 * (j % 2)) >> np.uint8(j // 2)) & np.uint8(1)
+            codes = sub_block_pairs(block + 32, j) | (third << np.uint8(2))
+            store(at + 64 * j, (convert(f32x16, codes) - splat(f32x16, np.float32(4))) * scale)
+
+
+@inner
+def sub_block_pairs(codes, j):
+    """The lower two bits of sub-block j's 16 codes, from the 64 bytes of Q2_K and Q3_K."""
+    packed = load(u8x16, codes + 32 * (j // 8) + 16 * (j % 2))
+    return (packed >> np.uint8(2 * (j % 8 // 2))) & np.uint8(3)
+
+
+@inner
+def look_up(values, codes, scale, out):
+    """32 weights: what their nibbles stand for, times the scale."""
+    for i in range(16):
+        byte = load_u8(codes + i)
+        store_f32(out + 4 * i, values[byte & 15] * scale)
+        store_f32(out + 4 * i + 64, values[byte >> 4] * scale)
+
+
+@expansions.register(IQ4_NL)
+def row_iq4_nl(layout, row, columns, out):
+    for b in range(columns // 32):
+        block = row + 18 * b
+        look_up(IQ4_VALUES, block + 2, load_f16(block), out + 128 * b)
+
+
+@expansions.register(MXFP4)
+def row_mxfp4(layout, row, columns, out):
+    for b in range(columns // 32):
+        block = row + 17 * b
+        e = load_u8(block)
+        # 2 ** (e - 128): below e = 2 a subnormal
+        scale = np.uint32(0x200000 << e if e < 2 else (e - 1) << 23).view(np.float32)
+        look_up(MXFP4_VALUES, block + 1, scale, out + 128 * b)
+
+
+@expansions.register(IQ4_XS)
+def row_iq4_xs(layout, row, columns, out):
+    for b in range(columns // 256):
+        block, at = row + 136 * b, out + 1024 * b
+        for j in range(8):
+            low = (load_u8(block + 4 + j // 2) >> (4 * (j % 2))) & 15
+            high = (load_u8(block + 2 + j // 4) >> (2 * (j % 4))) & 3
+            scale = load_f16(block) * np.float32((low | high << 4) - 32)
+            look_up(IQ4_VALUES, block + 8 + 16 * j, scale, at + 128 * j)
 
 
 @expand_kernel
 def expand_q4_1(row, columns, out):
     expand(Q4_1, row, columns, out)
-
-
-@expand_kernel
-def expand_q5_0(row, columns, out):
-    expand(Q5_0, row, columns, out)
-
-
-@expand_kernel
-def expand_q5_1(row, columns, out):
-    expand(Q5_1, row, columns, out)
-
-
-@expand_kernel
-def expand_iq4_nl(row, columns, out):
-    expand(IQ4_NL, row, columns, out)
-
-
-@expand_kernel
-def expand_mxfp4(row, columns, out):
-    expand(MXFP4, row, columns, out)
 
 
 @expand_kernel
@@ -261,20 +256,15 @@ def expand_q3_k(row, columns, out):
 
 
 @expand_kernel
-def expand_q4_k(row, columns, out):
-    expand(Q4_K, row, columns, out)
-
-
-@expand_kernel
-def expand_q5_k(row, columns, out):
-    expand(Q5_K, row, columns, out)
-
-
-@expand_kernel
-def expand_q6_k(row, columns, out):
-    expand(Q6_K, row, columns, out)
+def expand_iq4_nl(row, columns, out):
+    expand(IQ4_NL, row, columns, out)
 
 
 @expand_kernel
 def expand_iq4_xs(row, columns, out):
     expand(IQ4_XS, row, columns, out)
+
+
+@expand_kernel
+def expand_mxfp4(row, columns, out):
+    expand(MXFP4, row, columns, out)
