@@ -36,10 +36,12 @@ def convert(
     threads: int | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    compiling: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write the checkpoint in folder `source` as the GGUF file `output`.
 
     `type` is one of FILE_TYPES. An existing output needs `force`, and is replaced only at the end.
+    `compiling` is called with (done, needed) while encoders are compiled, once on every machine.
     """
     source, output = Path(source), Path(output)
     kind = file_type(type)
@@ -48,7 +50,8 @@ def convert(
         raise UsageError(f"threads is {threads}, 1 to 1024 is needed")
     _check_output(source, output, force)
     with closing(Checkpoint.open(source)) as checkpoint:
-        return write_plan(make_plan(checkpoint, kind, mtp), output, threads, progress)
+        planned = make_plan(checkpoint, kind, mtp)
+        return write_plan(planned, output, threads, progress, compiling)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:

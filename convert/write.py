@@ -199,11 +199,17 @@ def write_plan(
     output: Path,
     threads: int,
     progress: Callable[[Progress], None] | None = None,
+    compiling: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write the planned file; it appears under its name only when it is complete."""
+    from quant.encoders import encoders_of
+    from quant.compiling import Compilation
+
     started = time.monotonic()
     check_space(output, plan.nbytes)
     try:
+        with Compilation(encoders_of(tensor.format for tensor in plan.tensors), compiling):
+            pass
         with partial_file(output, plan.nbytes) as file:
             zeros = _write(plan, file, threads, _Meter(plan.source_bytes, progress))
             assert file.tell() == plan.nbytes

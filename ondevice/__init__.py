@@ -10,6 +10,7 @@
 Expected failures are subclasses of `Error`, with a message of one line.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,14 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
     """Open a GGUF file, or the bundled model by the name "demo".
 
     threads: of computation, all available cores by default.
     context: tokens of prompt and answer together, the model's own up to 32,768 by default.
     memory: bytes that the model may take; less than it needs is refused.
+    progress: called with (done, needed) while kernels are compiled, once on every machine.
     Raises Error, with one line that names what is wrong with the file or the options.
     """
     from ondevice.model import Model
@@ -42,8 +45,8 @@ def load(
     if str(path) == "demo" and not Path("demo").is_file():
         from ondevice.demo import gguf_path
 
-        path = gguf_path()
-    return Model(Path(path), threads, context, memory)
+        path = gguf_path(progress)
+    return Model(Path(path), threads, context, memory, progress)
 
 
 def __getattr__(name: str) -> Any:

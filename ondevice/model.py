@@ -9,7 +9,6 @@ logits for rows of that batch, and `decode` takes one token, chooses the next, a
 until a limit, an end token or a request to stop, all in one native call.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import expand, layout, sample
 from ondevice.kernels.formats import READERS
-from ondevice.kernels.team import MOST_THREADS, Team
+from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
 from ondevice.layers.attention import attention, rotations
 from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
@@ -35,6 +34,7 @@ from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
 from ondevice.weights import Weights
+from quant.compiling import Compilation, Report, cores
 from quant.errors import Error, ResourceError, UsageError
 from quant.format import Array
 
@@ -58,6 +58,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         memory: int | None = None,
+        progress: Report | None = None,
     ) -> None:
         started = time.perf_counter()
         self.path = path
@@ -68,14 +69,18 @@ class Model:
             self.context = _context(context, self.config)
             weights = Weights(self._file, self.config)
             weights.check()
-            self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
-            source = self._file.metadata.get("tokenizer.chat_template")
-            self.template = Template(source, self.tokenizer, path)
-            self.sampling = _recommended(path, self._file.metadata)
             threads = _threads(threads)
-            compiling = time.perf_counter()
+            building = time.perf_counter()
             self._build(weights, threads)
-            self.compile_seconds = time.perf_counter() - compiling
+            compilation = Compilation([begin, serve, *self._decode.kernels], progress)
+            self.compile_seconds = time.perf_counter() - building
+            with compilation:
+                self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
+                source = self._file.metadata.get("tokenizer.chat_template")
+                self.template = Template(source, self.tokenizer, path)
+                self.sampling = _recommended(path, self._file.metadata)
+                waiting = time.perf_counter()
+            self.compile_seconds += time.perf_counter() - waiting
             own = sum(program.nbytes for program in self._programs) + self._scratch.nbytes
             _check_memory(memory, self._file.nbytes + own, self.config, self.context)
             self._team = Team(threads)
@@ -97,7 +102,7 @@ class Model:
         program.add(
             expand.embed,
             *(program.keep_matrix(embedding), embedding.row_bytes, embedding.columns),
-            READERS[embedding.format.name].expand.address,
+            READERS[embedding.format.name].expand,
             *(x.address, x.row_bytes),
             per_token=True,
             then=layout.CHAIN,
@@ -317,9 +322,7 @@ class Model:
 def _threads(wanted: int | None) -> int:
     """As asked for; by default as many as there are cores for this process."""
     if wanted is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return min(cores, MOST_THREADS)
+        return min(cores(), MOST_THREADS)
     if not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
         raise UsageError(
             f"threads is {wanted!r}; it must be a whole number from 1 to {MOST_THREADS}"

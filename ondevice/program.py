@@ -7,6 +7,7 @@ row for each token of a batch; a name asked for again, by the next layer, is the
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -66,14 +67,28 @@ class Activation:
 class Operations:
     """A finished program."""
 
-    records: Array
-    """(operations, OPERATION_WORDS) int64, as the thread team runs them."""
+    lines: tuple[Sequence[int | CompiledFunction], ...]
+    """The words of each operation; a kernel stands for its address."""
     labels: tuple[str, ...]
     """What each is about, for a profile."""
 
     def __add__(self, other: "Operations") -> "Operations":
-        records = np.concatenate([self.records, other.records])
-        return Operations(records, self.labels + other.labels)
+        return Operations(self.lines + other.lines, self.labels + other.labels)
+
+    @property
+    def kernels(self) -> list[CompiledFunction]:
+        """The kernels that it needs, each once."""
+        words = (word for line in self.lines for word in line)
+        return list(dict.fromkeys(word for word in words if isinstance(word, CompiledFunction)))
+
+    @cached_property
+    def records(self) -> Array:
+        """(operations, OPERATION_WORDS) int64, as the thread team runs them; compiles kernels."""
+        lines = [
+            [word.address if isinstance(word, CompiledFunction) else word for word in line]
+            for line in self.lines
+        ]
+        return np.array(lines, np.int64).reshape(-1, OPERATION_WORDS)
 
 
 class Program:
@@ -84,7 +99,7 @@ class Program:
         self.threads = threads
         self.scratch_bytes = 0
         self._buffers: dict[str, Buffer] = {}
-        self._operations: list[list[int]] = []
+        self._operations: list[list[int | CompiledFunction]] = []
         self._labels: list[str] = []
         self._kept: list[object] = []
 
@@ -121,7 +136,7 @@ class Program:
     def add(
         self,
         kernel: CompiledFunction,
-        *arguments: int,
+        *arguments: int | CompiledFunction,
         tasks: int = 1,
         per_token: bool = False,
         times: int = 0,
@@ -130,17 +145,18 @@ class Program:
     ) -> None:
         """One operation and what may follow it; kernels.layout says what the options mean."""
         assert len(arguments) <= OPERATION_WORDS - ARGUMENTS
-        words = [0] * OPERATION_WORDS
-        words[KERNEL], words[TASKS], words[PER_TOKEN] = kernel.address, tasks, int(per_token)
+        words: list[int | CompiledFunction] = [0] * OPERATION_WORDS
+        words[KERNEL], words[TASKS], words[PER_TOKEN] = kernel, tasks, int(per_token)
         words[TIMES], words[THEN] = times, then
-        words[ARGUMENTS : ARGUMENTS + len(arguments)] = [int(value) for value in arguments]
+        words[ARGUMENTS : ARGUMENTS + len(arguments)] = [
+            value if isinstance(value, CompiledFunction) else int(value) for value in arguments
+        ]
         self._operations.append(words)
         self._labels.append(label or kernel.__name__)
 
     def take(self) -> "Operations":
         """The operations added since the last call."""
-        records = np.array(self._operations, np.int64).reshape(-1, OPERATION_WORDS)
-        operations = Operations(records, tuple(self._labels))
+        operations = Operations(tuple(self._operations), tuple(self._labels))
         self._operations, self._labels = [], []
         return operations
 
@@ -300,11 +316,11 @@ class Program:
             label="expert down" if routing else "shared down",
         )
 
-    def reader(self, matrix: Matrix) -> int:
-        """Address of the kernel that multiplies this matrix; notes the scratch it needs."""
+    def reader(self, matrix: Matrix) -> CompiledFunction:
+        """The kernel that multiplies this matrix; notes the scratch it needs."""
         reader = READERS[matrix.format.name]
         self.scratch_bytes = max(self.scratch_bytes, reader.scratch_bytes(matrix.columns))
-        return reader.multiply.address
+        return reader.multiply
 
     def rows_per_task(self, rows: int, matrices: int) -> int:
         """Rows of a task: enough tasks to keep the threads evenly busy, in groups of eight."""

@@ -19,8 +19,11 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ondevice"
 
 
-def private_folder(path: Path) -> bool:
-    """Make `path` a folder only its owner can write; False where that cannot be had."""
+def private_folder(path: Path, writable: bool = True) -> bool:
+    """Make `path` a folder only its owner can write; False where that cannot be had.
+
+    It need not be `writable`: a file system may be mounted to read only.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if sys.platform != "win32":
@@ -29,6 +32,8 @@ def private_folder(path: Path) -> bool:
                 return False
             if status.st_mode & 0o022:
                 path.chmod(0o700)
-        return os.access(path, os.W_OK | os.X_OK)
+                if path.lstat().st_mode & 0o022:  # a file system without modes
+                    return False
+        return os.access(path, (os.W_OK if writable else os.R_OK) | os.X_OK)
     except (OSError, RuntimeError):
         return False

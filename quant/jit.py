@@ -1,17 +1,21 @@
 """How every Numba function of this project is compiled, and where the machine code is kept.
 
-Numba's disk cache does not notice an edit in another file than the one that defines a function,
-so the cache folder is named after a hash of all kernel sources, the Numba version and the host
-CPU: an edit, an upgrade or another machine means a new folder. Cache entries are pickles, so the
-folder must belong to the user alone; where no such folder can be had, functions are compiled in
-memory and the program says so once.
+Numba's own disk cache does not notice an edit in another file than the one that defines a function,
+trusts whatever lies in its folder, and fails on a damaged file. So machine code goes through
+`quant.code_folder`, into a folder named after a hash of all kernel sources, the compiler's version
+and settings, and the CPU: an edit, an upgrade or another machine means a new folder. Where no
+private folder can be had, functions are compiled in memory and the program says so once.
 """
 
 import functools
 import hashlib
 import os
+import pickle
 import platform
+import sys
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,25 @@ import llvmlite
 import llvmlite.binding
 import numba
 from numba import _dynfunc
-from numba.core.compiler import Compiler
+from numba.core import sigutils
+from numba.core.caching import NullCache
+from numba.core.compiler import Compiler, CompileResult
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
 
-from quant.folders import cache_root, private_folder
+from quant.code_folder import CodeFolder
+from quant.errors import Error
 
+OLDEST_NUMBA = (0, 68)
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = sorted([*_ROOT.glob("quant/*.py"), *_ROOT.glob("ondevice/kernels/**/*.py")])
+_SETTINGS = ("CPU_NAME", "CPU_FEATURES", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK")
+
+if numba.version_info.short < OLDEST_NUMBA:
+    raise Error(
+        f"numba {numba.__version__} is too old: {'.'.join(map(str, OLDEST_NUMBA))} is needed "
+        "(pip install --upgrade numba)"
+    )
 
 
 def source_hash() -> str:
@@ -32,50 +49,130 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in _SOURCES:
         digest.update(path.read_bytes())
-    features = llvmlite.binding.get_host_cpu_features().flatten()
+    if not _SOURCES:  # frozen into one file
+        status = Path(sys.executable).stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     for part in (
         numba.__version__,
         llvmlite.__version__,
         platform.python_version(),
         llvmlite.binding.get_host_cpu_name(),
-        os.environ.get("NUMBA_CPU_NAME", ""),
-        os.environ.get("NUMBA_CPU_FEATURES", ""),
-        features,
+        llvmlite.binding.get_host_cpu_features().flatten(),
+        *(str(getattr(numba.config, name, None)) for name in _SETTINGS),
     ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def _choose_cache() -> Path | None:
+def _open_folder() -> CodeFolder | None:
+    folder = CodeFolder.open(f"kernels-{source_hash()}")
+    if folder is None:
+        warnings.warn(
+            "no private cache folder: kernels are compiled again at every start",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return folder
+
+
+FOLDER = _open_folder()
+
+
+class CodeCache(NullCache):  # type: ignore[misc]
+    """What Numba asks for the machine code of one function; `kind` sets uses of it apart."""
+
+    def __init__(self, function: Callable[..., Any], kind: str) -> None:
+        self._function = function
+        self._kind = kind
+
+    @property
+    def cache_path(self) -> str | None:
+        return str(FOLDER.path) if FOLDER else None
+
+    def name(self, signature: Any) -> str:
+        """The entry for these argument types."""
+        code = self._function.__code__
+        parts = (
+            str(getattr(signature, "args", signature)),
+            cpu_target.target_context.codegen().magic_tuple(),
+            _file_hash(code.co_filename),
+            code.co_firstlineno,
+            code.co_code,
+        )
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        name = f"{self._function.__module__}.{self._function.__qualname__}"
+        return f"{name.replace('<', '').replace('>', '')}-{self._kind}-{digest}"
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        target.refresh()
+        if FOLDER is None or self._function.__closure__:
+            return None
+        name = self.name(signature)
+        data = FOLDER.read(name)
+        if data is None:
+            return None
+        try:
+            return CompileResult._rebuild(target, *pickle.loads(data))
+        except Exception:  # signed by us, and yet not for this Numba
+            FOLDER.discard(name)
+            return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        cachable = not (self._function.__closure__ or result.lifted)
+        if FOLDER is not None and cachable and not result.library.has_dynamic_globals:
+            FOLDER.write(self.name(signature), dumps(result._reduce()))
+
+
+@functools.cache
+def _file_hash(path: str) -> str:
+    """Of the file that defines a function, which may be none of ours."""
     try:
-        folder = cache_root() / f"kernels-{source_hash()}"
-    except RuntimeError:  # no home folder at all
-        folder = None
-    if folder is not None and private_folder(folder):
-        return folder
-    warnings.warn(
-        f"no private cache folder at {folder}: kernels are compiled again at every start",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return f"none {os.getpid()}"
 
 
-CACHE_FOLDER = _choose_cache()
-if CACHE_FOLDER is not None:
-    numba.config.CACHE_DIR = str(CACHE_FOLDER)  # type: ignore[attr-defined]
+class Compiled:
+    """A function of fixed argument types: compiled, or read from the folder, when first needed.
 
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-    "cache": CACHE_FOLDER is not None,
-}
+    Its module and name find it in another process, see `quant.compiling`.
+    """
 
-kernel: Any = functools.partial(numba.njit, **OPTIONS)
+    kind = "python"
 
-short_kernel: Any = functools.partial(numba.njit, **{**OPTIONS, "nogil": False})
-"""For calls that take less time than giving up the interpreter's lock."""
+    def __init__(self, function: Callable[..., Any], signature: Any, **options: Any) -> None:
+        self.function = function
+        self.signature = sigutils.normalize_signature(signature)
+        self.options = {**OPTIONS, **options}
+        functools.update_wrapper(self, function)
+
+    @cached_property
+    def code(self) -> Any:
+        """What Numba made of it."""
+        dispatcher = kernel(self.function, **self.options)
+        arguments, result = self.signature
+        dispatcher.compile(result(*arguments))
+        dispatcher.disable_compile()
+        return dispatcher
+
+    @property
+    def kept(self) -> bool:
+        """Whether the folder has its machine code."""
+        name = CodeCache(self.function, self.kind).name(self.signature[0])
+        return FOLDER is not None and name in FOLDER
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.code(*arguments)
+
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+
+def kernel(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled for the argument types that it is called with; machine code is kept."""
+    dispatcher = numba.njit(**{**OPTIONS, **options})(function)
+    dispatcher._cache = CodeCache(function, Compiled.kind)
+    return dispatcher
 
 
 class _Inlined(Compiler):  # type: ignore[misc]
@@ -106,7 +203,7 @@ def _finalize(library: Any) -> None:
 
 inner: Any = functools.partial(
     numba.njit,
-    **OPTIONS | {"cache": False},
+    **OPTIONS,
     no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
     forceinline=True,

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quant.errors import ResourceError
@@ -32,24 +32,27 @@ def model_path(name: str | Path) -> Path:
     return gguf_path() if str(name) == "demo" and not path.is_file() else path
 
 
-def gguf_path() -> Path:
-    """The demo model as a Q4_K_M GGUF file, converted now if it never was."""
+def gguf_path(progress: Callable[[int, int], None] | None = None) -> Path:
+    """The demo model as a Q4_K_M GGUF file, converted now if it never was.
+
+    `progress` is called with (done, needed) while encoders are compiled for that.
+    """
     folder = _folder()
     path = folder / f"demo-{TYPE}-{_source_hash()}.gguf"
     if not path.exists():
         with _locked(folder / "demo.lock"):
             if not path.exists():
-                _convert(path)
+                _convert(path, progress)
     return path
 
 
-def _convert(path: Path) -> None:
+def _convert(path: Path, progress: Callable[[int, int], None] | None) -> None:
     from convert import convert
 
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="demo-") as work:
             made = Path(work) / path.name
-            convert(checkpoint_path(), made, TYPE)
+            convert(checkpoint_path(), made, TYPE, compiling=progress)
             made.replace(path)
     except OSError as error:
         raise ResourceError(f"{path}: cannot write the demo model: {error.strerror}") from error

@@ -13,35 +13,37 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numba
 from numba.core import types
+from numba.core.ccallback import CFunc
 
-from quant.jit import OPTIONS
+from quant.jit import CodeCache, Compiled
 
 
-class CompiledFunction:
+class CompiledFunction(Compiled):
     """A function of `count` int64 arguments with a C address; compiled on first use."""
 
+    kind = "c"
+
     def __init__(self, function: Callable[..., Any], count: int) -> None:
-        self.function = function
+        super().__init__(function, types.void(*[types.int64] * count))
         self.count = count
-        self.__name__ = function.__name__
-        self.__doc__ = function.__doc__
 
     @cached_property
-    def _compiled(self) -> Any:
-        signature = types.void(*[types.int64] * self.count)
-        options = {name: value for name, value in OPTIONS.items() if name != "nogil"}
-        return numba.cfunc(signature, **options)(self.function)
+    def code(self) -> Any:
+        options = {name: value for name, value in self.options.items() if name != "nogil"}
+        compiled = CFunc(self.function, self.signature, locals={}, options=options)
+        compiled._cache = CodeCache(self.function, self.kind)
+        compiled.compile()
+        return compiled
 
     @property
     def address(self) -> int:
         """Where the machine code begins."""
-        return int(self._compiled.address)
+        return int(self.code.address)
 
     def __call__(self, *arguments: int) -> None:
         """Call it from Python, for tests: every argument an int."""
-        self._compiled.ctypes(*arguments)
+        self.code.ctypes(*arguments)
 
 
 def operation(function: Callable[[int, int, int, int], None]) -> CompiledFunction:

@@ -17,6 +17,7 @@ whatever else is there.
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -54,7 +55,7 @@ from ondevice.kernels.simd import (
     store_i64,
 )
 from quant.errors import Error, ResourceError
-from quant.jit import inner, kernel, short_kernel
+from quant.jit import Compiled, inner
 
 CONTROL_WORDS = 256
 TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
@@ -75,6 +76,10 @@ call_pipe = function_call(3, types.int32)
 call_nap = function_call(1, types.int32)
 call_clock = function_call(2, types.int32)
 MONOTONIC = 6 if sys.platform == "darwin" else 1
+
+short_call = functools.partial(Compiled, signature=types.void(types.int64), nogil=False)
+"""For what takes less time than giving up the interpreter's lock."""
+worker_life = functools.partial(Compiled, signature=types.void(types.int64, types.int64))
 
 
 @inner
@@ -196,7 +201,7 @@ def work(control, scratch, profile, space):
                 go_on(control, turn)
 
 
-@short_kernel("void(int64)")
+@short_call
 def begin(control):
     """Start a job. One call, so that an interrupt finds it started or not: JOB tells which.
 
@@ -211,7 +216,7 @@ def begin(control):
     )
 
 
-@kernel("void(int64, int64)")
+@worker_life
 def serve(control, thread):
     """A worker's life: wait for a byte, run the job; the last to leave reports.
 
