@@ -1,11 +1,11 @@
 """Compiling many functions at once, before they are needed.
 
 Numba compiles under one lock, so threads gain nothing. `Compilation` starts a Python process for
-each core; they take functions from one pipe, compile them into the shared folder of machine code,
-and end. This process, which may do something else meanwhile, then loads what they made and compiles
-what is missing: all of it where there is no folder to share, no second core, or no Python to start
-(a frozen application). While one process compiles, others that need the same machine code wait for
-it.
+every core but one. They and this process, when it has nothing else to do, take functions from one
+pipe and compile them into the shared folder of machine code; then this process loads what the
+others made, and compiles what is still missing: all of it where there is no folder to share, no
+second core, or no Python to start (a frozen application). While one process compiles, others that
+need the same machine code wait for it.
 
     python -P -m quant.compiling HASH       a worker: reads records of 256 bytes, "module name"
 """
@@ -27,7 +27,7 @@ from quant.jit import Compiled
 RECORD = 256
 FEWEST = 4
 """Missing functions from which on other processes are started: that costs each half a second."""
-MOST_WORKERS = 8
+MOST_WORKERS = 7
 PATIENCE = 60.0
 """Seconds without a new function after which this process compiles the rest by itself."""
 POLL = 0.02
@@ -48,10 +48,15 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
         self._needed = len(self._missing)
         self._report = report
         self._lock: int | None = None
+        self._jobs: int | None = None
         self._workers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Compilation":
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -62,89 +67,73 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
     ) -> None:
         try:
             if kind is None:
-                self._wait()
+                self._wait(lambda: self._lock is not None or self._begin())
+                if self._jobs is not None:
+                    work(self._jobs, self._look)
+                    self._wait(lambda: all(worker.poll() is not None for worker in self._workers))
                 for function in self.functions:
                     _ = function.code
-                    if function in self._missing:
-                        self._missing.remove(function)
-                        self._tell()
+                    self._look()
         finally:
             self._end()
 
     def _begin(self) -> bool:
         """Start the workers; False if another process is compiling just now."""
-        if not self._missing or jit.FOLDER is None:
-            return True
-        self._lock = jit.FOLDER.lock()
-        if self._lock is None:
-            return False
-        self._look()  # the process before may have made them
-        self._tell()
-        workers = min(cores(), len(self._missing), MOST_WORKERS)
-        if len(self._missing) >= FEWEST and workers > 1:
-            with contextlib.suppress(OSError):
-                self._start(workers)
+        if self._missing and jit.FOLDER is not None:
+            self._lock = jit.FOLDER.lock()
+            if self._lock is None:
+                return False
+            self._look()  # the process before may have made them
+            workers = min(cores() - 1, len(self._missing) - 1, MOST_WORKERS)
+            command = worker_command()
+            if len(self._missing) >= FEWEST and workers > 0 and command is not None:
+                with contextlib.suppress(OSError):
+                    self._start(workers, command)
         return True
 
-    def _start(self, workers: int) -> None:
-        command = worker_command()
-        if command is None:
-            return
-        jobs, inlet = os.pipe()
-        try:
+    def _start(self, workers: int, command: list[str]) -> None:
+        self._jobs, inlet = os.pipe()
+        with open(inlet, "wb", buffering=0) as pipe:
             for _ in range(workers):
                 process = subprocess.Popen(
                     command,
-                    stdin=jobs,
+                    stdin=self._jobs,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=_environment(),
                 )
                 self._workers.append(process)
-        finally:
-            os.close(jobs)
-            try:
-                for function in sorted(self._missing, key=_weight, reverse=True):
-                    os.write(inlet, f"{function.__module__} {function.__name__}".encode().ljust(RECORD))
-            finally:
-                os.close(inlet)
+            for function in sorted(self._missing, key=_weight, reverse=True):
+                job = f"{function.__module__} {function.__name__}"
+                pipe.write(job.encode().ljust(RECORD))
 
-    def _wait(self) -> None:
-        """Until the workers, or another process, have made what they can."""
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Until it is done, all are there, or nothing has come for a long time."""
         last = time.monotonic()
-        while self._missing and jit.FOLDER is not None:
+        while self._missing and jit.FOLDER is not None and not done():
+            time.sleep(POLL)
             if self._look():
                 last = time.monotonic()
-                self._tell()
-            if self._lock is None:
-                if self._begin():
-                    last = time.monotonic()
-            elif all(worker.poll() is not None for worker in self._workers):
-                self._look()
+            elif time.monotonic() - last > PATIENCE:
                 return
-            if time.monotonic() - last > PATIENCE:
-                return
-            time.sleep(POLL)
 
     def _look(self) -> bool:
-        """Cross off what the folder has by now."""
+        """Cross off what is there by now, and report."""
         before = len(self._missing)
         self._missing = [function for function in self._missing if not function.kept]
-        return len(self._missing) < before
-
-    def _tell(self) -> None:
-        if self._report is not None:
+        if self._report is not None and self._needed:
             self._report(self._needed - len(self._missing), self._needed)
+        return len(self._missing) < before
 
     def _end(self) -> None:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.kill()
             worker.wait()
-        self._workers = []
-        if self._lock is not None and self._lock >= 0:
-            os.close(self._lock)
-        self._lock = None
+        for descriptor in (self._jobs, self._lock):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._workers, self._jobs, self._lock = [], None, None
 
 
 def cores() -> int:
@@ -186,15 +175,14 @@ def _weight(function: Compiled) -> int:
     return total
 
 
-def work(expected: str) -> None:
-    """A worker's life. It ends at once if it would compile something else than was asked for."""
-    if jit.FOLDER is None or jit.source_hash() != expected:
-        return
-    gc.disable()  # 9 % of the time, and the process is short-lived
-    while len(record := os.read(0, RECORD)) == RECORD:
+def work(jobs: int, done: Callable[[], object] = lambda: None) -> None:
+    """Take functions from a pipe and compile them, until there are no more."""
+    while len(record := os.read(jobs, RECORD)) == RECORD:
         module, name = record.decode().split()
         _ = getattr(importlib.import_module(module), name).code
+        done()
 
 
-if __name__ == "__main__":
-    work(sys.argv[1])
+if __name__ == "__main__" and jit.FOLDER is not None and jit.source_hash() == sys.argv[1]:
+    gc.disable()  # 9 % of the time, and the process does not live long
+    work(0)

@@ -157,7 +157,9 @@ class Compiled:
 
     @property
     def kept(self) -> bool:
-        """Whether the folder has its machine code."""
+        """Whether the folder has its machine code, or this process."""
+        if "code" in self.__dict__:
+            return True
         name = CodeCache(self.function, self.kind).name(self.signature[0])
         return FOLDER is not None and name in FOLDER
 
