@@ -27,6 +27,7 @@ from numba.core import sigutils
 from numba.core.caching import NullCache
 from numba.core.compiler import Compiler, CompileResult
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from quant.code_folder import CodeFolder
@@ -104,13 +105,13 @@ class CodeCache(NullCache):  # type: ignore[misc]
         return f"{name.replace('<', '').replace('>', '')}-{self._kind}-{digest}"
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        target.refresh()
         if FOLDER is None or self._function.__closure__:
             return None
         name = self.name(signature)
         data = FOLDER.read(name)
         if data is None:
             return None
+        rtsys.initialize(target)  # of all that compiling needs, loading needs no more than this
         try:
             return CompileResult._rebuild(target, *pickle.loads(data))
         except Exception:  # signed by us, and yet not for this Numba
