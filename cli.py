@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ondevice.console import Program, note, print_figures, print_json, size
+from ondevice.console import Program, compiling, note, print_figures, print_json, size
 from quant.errors import Error, UsageError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def load(model: str, **settings: Any) -> "ondevice.Model":
 
     if sys.stderr.isatty():
         click.secho(f"loading {model} ... ", err=True, dim=True, nl=False)
+        settings["progress"] = compiling
     try:
         loaded = ondevice.load(model, **settings)
     except BaseException:
@@ -163,7 +164,14 @@ def convert(
         return
     with ProgressLine() as line:
         report = converter.convert(
-            folder, target, kind, mtp=not no_mtp, threads=threads, force=force, progress=line.show
+            folder,
+            target,
+            kind,
+            mtp=not no_mtp,
+            threads=threads,
+            force=force,
+            progress=line.show,
+            compiling=compiling,
         )
     for remark in report.notes:
         note(f"note: {remark}")
@@ -209,7 +217,7 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
     """Show what a model file holds, without loading it."""
     from ondevice import demo, inspection
 
-    described = inspection.describe(demo.model_path(model))
+    described = inspection.describe(demo.model_path(model, compiling))
     if as_json:
         print_json(described)
         return

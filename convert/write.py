@@ -202,8 +202,8 @@ def write_plan(
     compiling: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write the planned file; it appears under its name only when it is complete."""
-    from quant.encoders import encoders_of
     from quant.compiling import Compilation
+    from quant.encoders import encoders_of
 
     started = time.monotonic()
     check_space(output, plan.nbytes)

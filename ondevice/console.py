@@ -65,6 +65,13 @@ def note(message: str) -> None:
         click.secho(message, err=True, dim=True)
 
 
+def compiling(done: int, needed: int) -> None:
+    """The line that explains the first start on a machine; rewritten in place, gone at the end."""
+    if sys.stderr.isatty():
+        line = f"compiling kernels for this machine, once: {done} of {needed}"
+        click.secho(f"\r\x1b[K{line if done < needed else ''}", err=True, dim=True, nl=False)
+
+
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value))
 

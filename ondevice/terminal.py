@@ -9,7 +9,6 @@ slashes and all, and only the answers are written.
 import contextlib
 import dataclasses
 import difflib
-import os
 import re
 import signal
 import sys
@@ -18,13 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from quant.errors import Error, UsageError
-from quant.folders import cache_root, private_folder
 
 if TYPE_CHECKING:
     from ondevice.generate import Completion
@@ -216,20 +210,14 @@ def piped(session: "Session", lines: Iterable[str], out: TextIO, stats: TextIO |
 
 def interactive(session: "Session", stats: bool) -> None:
     """Talk until the user leaves."""
+    from ondevice.prompt import message_prompt  # a tenth of a second that only this needs
 
     def write(text: str) -> None:
         click.echo(text, nl=False)
         sys.stdout.flush()
 
     chat = Chat(session, write, stats)
-    prompt: PromptSession[str] = PromptSession(
-        history=_history(),
-        multiline=True,
-        key_bindings=_keys(),
-        completer=WordCompleter(list(chat.commands), sentence=True),
-        complete_while_typing=False,
-        prompt_continuation="... ",
-    )
+    prompt = message_prompt(list(chat.commands))
     write("/help lists the commands, Ctrl-D leaves.\n")
     while True:
         try:
@@ -239,48 +227,3 @@ def interactive(session: "Session", stats: bool) -> None:
             write("Ctrl-D or /exit leaves.\n")
         except EOFError:
             return
-
-
-def _keys() -> KeyBindings:
-    bindings = KeyBindings()
-
-    @bindings.add("enter")
-    def _send(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if is_open(buffer.text):
-            buffer.newline(copy_margin=False)
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.newline(copy_margin=False)
-
-    @bindings.add("c-c")
-    def _discard(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
-
-    return bindings
-
-
-class _PrivateHistory(FileHistory):
-    """What was typed, in a file; a full disk must not end the conversation."""
-
-    def store_string(self, string: str) -> None:
-        with contextlib.suppress(OSError, UnicodeEncodeError):
-            super().store_string(string)
-
-
-def _history() -> History:
-    try:
-        folder = cache_root() / "chat"
-        if private_folder(folder):
-            path = folder / "history"
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-            return _PrivateHistory(path)
-    except (OSError, RuntimeError):  # no home folder, or none that can be written
-        pass
-    return InMemoryHistory()

@@ -7,7 +7,7 @@ compiled anew.
 
     kernels-<hash>/         one folder for each version of sources, compiler and CPU
         key                 32 random bytes, mode 0600
-        <name>.code         HMAC-SHA256 of the folder's name, the entry's name and the rest; the rest
+        <name>.code         HMAC-SHA256 of the folder's name, the entry's and the data; the data
         lock                held by the process that compiles
 
 Folders of other versions are deleted when a new one is made: those not used for 30 days, and all
@@ -48,7 +48,7 @@ class CodeFolder:
 
     @classmethod
     def open(cls, name: str) -> "CodeFolder | None":
-        """The folder of that name in the cache, or else among the temporary files; None: nowhere."""
+        """The folder of that name in the cache or among the temporary files; None: nowhere."""
         for root in _roots():
             path = root / name
             new = not path.exists()
@@ -161,7 +161,7 @@ def _mark_used(path: Path) -> None:
 
 
 def _key(folder: Path, wanted: bytes | None = None) -> bytes | None:
-    """The folder's key, made now if it has none that only its owner can read; None: not possible."""
+    """The folder's key, made now if there is none that only its owner can read; None: no way."""
     path = folder / "key"
     key = _read_file(path, secret=True)
     if key is not None and len(key) == KEY_BYTES:
@@ -181,7 +181,7 @@ def _key(folder: Path, wanted: bytes | None = None) -> bytes | None:
 def _read_file(path: Path, secret: bool = False) -> bytes | None:
     """A regular file's bytes; None if there is none, it is too large, or no `secret` of ours."""
     try:
-        with open(os.open(path, _OPEN), "rb") as stream:
+        with os.fdopen(os.open(path, _OPEN), "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_ENTRY:
                 return None
@@ -197,7 +197,7 @@ def _write_file(path: Path, data: bytes, replace: bool = True) -> None:
     """Write a file of mode 0600 that is never seen half written."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with open(os.open(temporary, _CREATE, 0o600), "wb") as stream:
+        with os.fdopen(os.open(temporary, _CREATE, 0o600), "wb") as stream:
             stream.write(data)
         if replace:
             temporary.replace(path)

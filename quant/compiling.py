@@ -93,7 +93,7 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
 
     def _start(self, workers: int, command: list[str]) -> None:
         self._jobs, inlet = os.pipe()
-        with open(inlet, "wb", buffering=0) as pipe:
+        with os.fdopen(inlet, "wb", buffering=0) as pipe:
             for _ in range(workers):
                 process = subprocess.Popen(
                     command,

@@ -27,7 +27,7 @@ from numba.core import sigutils
 from numba.core.caching import NullCache
 from numba.core.compiler import Compiler, CompileResult
 from numba.core.registry import cpu_target
-from numba.core.runtime import rtsys
+from numba.core.runtime.nrt import rtsys
 from numba.core.serialize import dumps
 
 from quant.code_folder import CodeFolder
@@ -79,7 +79,7 @@ def _open_folder() -> CodeFolder | None:
 FOLDER = _open_folder()
 
 
-class CodeCache(NullCache):  # type: ignore[misc]
+class CodeCache(NullCache):
     """What Numba asks for the machine code of one function; `kind` sets uses of it apart."""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
@@ -140,10 +140,11 @@ class Compiled:
     """
 
     kind = "python"
+    __name__: str
 
     def __init__(self, function: Callable[..., Any], signature: Any, **options: Any) -> None:
         self.function = function
-        self.signature = sigutils.normalize_signature(signature)
+        self.signature: Any = sigutils.normalize_signature(signature)
         self.options = {**OPTIONS, **options}
         functools.update_wrapper(self, function)
 

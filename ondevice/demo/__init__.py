@@ -26,10 +26,10 @@ def checkpoint_path() -> Path:
     return Path(__file__).resolve().parent
 
 
-def model_path(name: str | Path) -> Path:
+def model_path(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """The file that MODEL means: "demo" is the demo model, unless a file of that name exists."""
     path = Path(name)
-    return gguf_path() if str(name) == "demo" and not path.is_file() else path
+    return gguf_path(progress) if str(name) == "demo" and not path.is_file() else path
 
 
 def gguf_path(progress: Callable[[int, int], None] | None = None) -> Path:

@@ -31,7 +31,7 @@ class CompiledFunction(Compiled):
     @cached_property
     def code(self) -> Any:
         options = {name: value for name, value in self.options.items() if name != "nogil"}
-        compiled = CFunc(self.function, self.signature, locals={}, options=options)
+        compiled: Any = CFunc(self.function, self.signature, locals={}, options=options)
         compiled._cache = CodeCache(self.function, self.kind)
         compiled.compile()
         return compiled
