@@ -70,8 +70,8 @@ class Vocabulary:
 
     def of_type(self, *types: int) -> dict[str, int]:
         """Text -> id of the tokens of these types."""
-        entries = enumerate(zip(self.tokens, self.types, strict=True))
-        return {text: token for token, (text, kind) in entries if kind in types and text}
+        wanted = np.flatnonzero(np.isin(self.types, types)).tolist()
+        return {text: token for token in wanted if (text := self.tokens[token])}
 
 
 class _Keys:
