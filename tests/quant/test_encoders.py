@@ -248,7 +248,7 @@ def test_threads_get_the_same_bytes(format: Format) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_encoders_release_the_gil(name: str) -> None:
-    assert getattr(encoders, name.lower()).targetoptions["nogil"]
+    assert getattr(encoders, name.lower()).options["nogil"]
 
 
 def test_every_finite_f16_has_its_value_and_its_bits() -> None:
