@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
-import llvmlite.binding
 import numba
 from numba import _dynfunc
 from numba.core import sigutils
@@ -32,6 +31,7 @@ from numba.core.serialize import dumps
 
 from quant.code_folder import CodeFolder
 from quant.errors import Error
+from quant.processor import target
 
 OLDEST_NUMBA = (0, 68)
 _ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ if numba.version_info.short < OLDEST_NUMBA:
 
 
 def source_hash() -> str:
-    """12 hex digits naming this set of kernel sources, compiler versions and host CPU."""
+    """12 hex digits naming this set of kernel sources, compiler versions and target CPU."""
     digest = hashlib.sha256()
     for path in _SOURCES:
         digest.update(path.read_bytes())
@@ -57,8 +57,7 @@ def source_hash() -> str:
         numba.__version__,
         llvmlite.__version__,
         platform.python_version(),
-        llvmlite.binding.get_host_cpu_name(),
-        llvmlite.binding.get_host_cpu_features().flatten(),
+        *target(),
         *(str(getattr(numba.config, name, None)) for name in _SETTINGS),
     ):
         digest.update(part.encode() + b"\0")

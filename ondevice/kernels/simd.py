@@ -16,18 +16,17 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import errors, types
-from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from quant.processor import target
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
-_CODEGEN = cpu_target.target_context.codegen()
-X86 = _CODEGEN._llvm_module.triple.startswith(("x86_64", "i686"))
-FEATURES = frozenset(
-    feature[1:] for feature in _CODEGEN._tm_features.split(",") if feature.startswith("+")
-)
+_TRIPLE, _, _features = target()
+X86 = _TRIPLE.startswith(("x86_64", "i686"))
+FEATURES = frozenset(name[1:] for name in _features.split(",") if name.startswith("+"))
 """What the compile target can do, in LLVM's names; honours NUMBA_CPU_FEATURES."""
 
 
