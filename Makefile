@@ -3,6 +3,7 @@
 # make fix    apply the style             make bench  speed of the demo model
 # make docs   the command reference
 # make reference  the slow tests, and those against torch, transformers and llama.cpp
+# make test-arm64  the kernel tests and an answer on emulated ARM processors
 #
 # Everything goes into .venv and build/, made on first use. PYTHON is any Python from 3.11 on.
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PATHS := cli.py quant convert ondevice tools benchmarks tests
 
-.PHONY: demo test check fix bench docs reference clean
+.PHONY: demo test test-arm64 check fix bench docs reference clean
 
 demo: build/demo-Q4_K_M.gguf
 	$(BIN)/ondevice generate $< --prompt "$(PROMPT)" --max-tokens 80 --seed 1
@@ -23,6 +24,9 @@ build/demo-Q4_K_M.gguf: .venv/installed $(wildcard ondevice/demo/*.safetensors o
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+test-arm64: .venv/installed-test
+	$(BIN)/python -m tools.test_arm64
 
 check: .venv/installed-test
 	$(BIN)/ruff check $(PATHS)

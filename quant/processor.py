@@ -10,10 +10,10 @@ NUMBA_CPU_NAME and NUMBA_CPU_FEATURES win over all of it.
 import ctypes
 import functools
 import sys
+from typing import Any
 
 import llvmlite.binding
 import numba
-from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 
 AT_HWCAP, AT_HWCAP2 = 16, 26
@@ -28,37 +28,37 @@ def is_arm(triple: str) -> bool:
 
 def dot_products() -> dict[str, bool] | None:
     """Whether this ARM processor has `dotprod` and `i8mm`; None where nobody can be asked."""
-    library = ctypes.CDLL(None) if sys.platform != "win32" else None
-    if sys.platform == "darwin" and library is not None:
+    if sys.platform == "win32":
+        return None
+    library = ctypes.CDLL(None)
+    if sys.platform == "darwin":
         return {name: _sysctl(library, key) != 0 for name, key in _SYSCTLS.items()}
-    if hasattr(library, "getauxval"):
-        library.getauxval.restype = ctypes.c_ulong
-        library.getauxval.argtypes = [ctypes.c_ulong]
-        return {
-            name: library.getauxval(word) & bit != 0 for name, (word, bit) in _HWCAPS.items()
-        }
-    return None
+    if not hasattr(library, "getauxval"):
+        return None
+    ask = library.getauxval
+    ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return {name: ask(word) & bit != 0 for name, (word, bit) in _HWCAPS.items()}
 
 
 def _sysctl(library: ctypes.CDLL, key: bytes) -> int:
     """The integer that macOS keeps under a name; 0 for a name that it does not know."""
     value = ctypes.c_int64(0)
     size = ctypes.c_size_t(ctypes.sizeof(value))
-    known = library.sysctlbyname(key, ctypes.byref(value), ctypes.byref(size), None, 0) == 0
+    pointers = ctypes.byref(value), ctypes.byref(size)
+    known = library.sysctlbyname(key, *pointers, None, ctypes.c_size_t(0)) == 0
     return value.value if known else 0
 
 
 def _choose_features() -> None:
     """Put LLVM's answer right, before Numba compiles anything."""
-    config = numba.config
+    config: Any = numba.config
     chosen = config.CPU_NAME is not None or config.CPU_FEATURES is not None
     if chosen or not is_arm(llvmlite.binding.get_process_triple()):
         return
     found = dot_products()
     if found is not None:
-        guessed = [get_host_cpu_features()]
-        known = ["+" * has + "-" * (not has) + name for name, has in found.items()]
-        config.CPU_FEATURES = ",".join([*filter(None, guessed), *known])
+        features = {**llvmlite.binding.get_host_cpu_features(), **found}
+        config.CPU_FEATURES = ",".join("-+"[has] + name for name, has in sorted(features.items()))
 
 
 @functools.cache
