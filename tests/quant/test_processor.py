@@ -79,7 +79,7 @@ def test_the_kernel_is_believed_on_arm(
     monkeypatch.setattr(processor, "dot_products", lambda: answer)
     processor._choose_features()
     assert arm.CPU_NAME is None
-    assert arm.CPU_FEATURES == features
+    assert features == arm.CPU_FEATURES
 
 
 def test_nothing_is_changed_where_something_was_chosen(
