@@ -35,7 +35,9 @@ from ondevice.kernels.simd import (
     constant,
     f32x16,
     fold,
+    i16x16,
     i16x32,
+    i32x8,
     i32x16,
     join,
     llvm_type,
@@ -43,6 +45,8 @@ from ondevice.kernels.simd import (
     part,
     shuffle_lanes,
     store_to,
+    u8x16,
+    u8x32,
     u8x64,
 )
 
@@ -531,3 +535,40 @@ def add_products(typing: Any, totals: Any, weights: Any, rows: Any, offset: Any)
         return _tile(builder, result)
 
     return totals(totals, f32x16, _addresses(totals), types.int64), lower
+
+
+# ---- the multipliers' peak, measured by kernels/probe.py ----
+
+_HAS_SMMLA = "i8mm" in FEATURES
+if _HAS_VNNI_512:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x64, i32x16, 64
+elif _HAS_VNNI_256:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x32, i32x8, 32
+elif _HAS_AVX2:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x32, i16x16, 32
+else:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x16, Vec(types.int32, 4), 32 if _HAS_SMMLA else 16
+
+
+@intrinsic
+def peak_dot(typing: Any, total: Any, w: Any, a: Any) -> Any:
+    """total + w * a by the target's best int8 instruction: PEAK_MACS products of PEAK_BYTES.
+
+    AVX2 adds pairs in int16, without which no sum can do; a kernel also has to widen them.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        acc, weights, acts = args
+        if _HAS_VNNI_512 or _HAS_VNNI_256:
+            name = f"llvm.x86.avx512.vpdpbusd.{PEAK_BYTES.lanes * 8}"
+            return call(builder, name, acc.type, [acc, weights, acts])
+        if _HAS_AVX2:
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", acc.type, [weights, acts])
+            return builder.add(acc, pairs)
+        if _HAS_SMMLA or _HAS_SDOT:
+            name = "smmla" if _HAS_SMMLA else "sdot"
+            name = f"llvm.aarch64.neon.{name}.v4i32.v16i8"
+            return call(builder, name, acc.type, [acc, weights, acts])
+        return _plain_dot(builder, acc, weights, acts, full=False)
+
+    return total(total, w, a), lower
