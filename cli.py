@@ -367,6 +367,7 @@ def chat(
     show_default=True,
     help="Times to measure; the median counts.",
 )
+@click.option("--profile", is_flag=True, help="Show where the time goes, operation by operation.")
 @threads_option
 @memory_option
 @as_json
@@ -376,19 +377,20 @@ def bench(
     generate: int,
     depth: int,
     repeat: int,
+    profile: bool,
     threads: int | None,
     memory: int | None,
     as_json: bool,
 ) -> None:
-    """Measure reading and writing speed, and how near the memory's limit they come."""
+    """Measure reading and writing speed, and how near the machine's limits they come."""
     with load(model, threads=threads, context=depth + prompt + generate, memory=memory) as loaded:
         from ondevice import bench as benchmark
 
-        result = benchmark.run(loaded, prompt=prompt, generate=generate, depth=depth, repeat=repeat)
+        result = benchmark.run(loaded, prompt, generate, depth, repeat, profile)
     if as_json:
         print_json(result)
     else:
-        print_figures(result)
+        click.echo(benchmark.report(result))
 
 
 @main.command()

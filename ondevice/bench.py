@@ -1,108 +1,259 @@
-"""How fast a model runs on this machine, beside what the machine's memory would allow.
+"""How fast a model runs on this machine, beside what the machine would allow.
 
-A decode step reads every dense weight, the chosen experts, and, once read and once written, the
-recurrent state, and the keys and values so far. Those bytes over the read bandwidth measured in
-the same run are the limit. Speeds are medians of repeated runs.
+    prefill   tokens of a prompt per second, until the logits that follow the last one are there
+    decode    tokens per second one after the other, each the likeliest after those before
+    limit     read bandwidth / bytes of a decode step: every dense weight, the chosen experts, the
+              recurrent state once read and once written, keys and values so far
+    MACs      multiply-adds of a prompt's token with weight matrices, those of the file's shapes;
+              per second of the whole prefill, and of the time that its dense products and its
+              experts take, which a run of its own measures operation by operation
+
+A first round warms up. Each round then measures the machine before, between and after prefill and
+decode; speeds, bandwidth and peak are medians over all rounds, so that the fractions compare
+speeds with what the machine had to give in the same seconds. What is left in caches between tokens
+is read faster than memory: a small model may exceed the limit.
 """
 
+import math
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ondevice.inspection import describe
-from ondevice.kernels import layout, probe
+from ondevice.kernels import layout
+from ondevice.machine import Machine
 from ondevice.model import BATCH
-from ondevice.program import Program, zeros
+from ondevice.profile import DENSE, EXPERTS, Profile, table
 from ondevice.sampling import Sampling
 from ondevice.state import State, cache_bytes, memory_bytes
 from quant.errors import UsageError
+from quant.format import Array
 
 if TYPE_CHECKING:
     from ondevice.model import Model
 
-PROBE_BYTES = 512 << 20
 
+class Runner:
+    """Runs prefill and decode from a fixed point, `depth` random tokens into a text."""
 
-def read_bandwidth(model: "Model", repeat: int = 5) -> float:
-    """Bytes per second that the model's threads read from memory, the median of several passes."""
-    program = Program(1, model.threads)
-    memory = zeros(PROBE_BYTES)
-    memory[::4096] = 1  # have real pages behind it
-    sums = np.zeros(PROBE_BYTES // probe.CHUNK, np.int64)
-    program.add(probe.read_memory, memory.ctypes.data, program.keep(sums), tasks=len(sums))
-    operations = program.take()
-    step = np.zeros(layout.STEP_WORDS, np.int64)
-    step[layout.COUNT] = 1
-    seconds = []
-    for _ in range(repeat + 1):
+    def __init__(self, model: "Model", prompt: int, generate: int, depth: int = 0) -> None:
+        for name, value, least in (
+            ("prompt", prompt, 1),
+            ("generate", generate, 1),
+            ("depth", depth, 0),
+        ):
+            check(name, value, least)
+        model.check_room(depth + prompt + generate)
+        self._model = model
+        self._prompt, self._generate = prompt, generate
+        tokens = np.random.default_rng(0).integers(0, model.config.vocabulary, depth + prompt)
+        self._tokens = tokens.astype(np.int32)
+        self._state = State(model.config, model.context)
+        self._step = model.step(self._state)
+        self._first = np.zeros(1, np.int32)
+        self._history = np.zeros(generate + 2, np.int32)
+        self._no_ends = np.zeros_like(model.ends)
+        self._sampler = Sampling(temperature=0.0).record(
+            model.logits_address, model.config.vocabulary, self._no_ends, model.sampling_space
+        )
+        addresses = self._sampler.ctypes.data, self._history.ctypes.data
+        self._step[[layout.SAMPLER, layout.HISTORY]] = addresses
+        self._read(self._tokens[:depth])
+        self._start = self._state.snapshot()
+        self.prefill_profile = Profile(model.programs["prefill"], model.threads, min(prompt, BATCH))
+        self.decode_profile = Profile(model.programs["decode"], model.threads)
+
+    def prefill(self, profiled: bool = False) -> float:
+        """Seconds to read the prompt, from the fixed point."""
+        self._state.restore(self._start)
+        prompt = self._tokens[-self._prompt :]
+        if profiled:
+            self.prefill_profile.tokens += len(prompt)
         started = time.perf_counter()
-        model.run(operations, step)
-        seconds.append(time.perf_counter() - started)
-    return PROBE_BYTES / statistics.median(seconds[1:])
+        last = self._read(prompt, self.prefill_profile.times if profiled else None)
+        self._step[[layout.COUNT, layout.FIRST]] = 1, last
+        self._model.run(self._model.programs["head"], self._step)
+        return time.perf_counter() - started
+
+    def decode(self, profiled: bool = False) -> float:
+        """Seconds to write on, from where the sequence is."""
+        step = self._step
+        step[[layout.TOKENS, layout.HISTORY_LENGTH]] = self._first.ctypes.data, 1
+        step[layout.STEPS_LEFT] = self._generate
+        if profiled:
+            self.decode_profile.tokens += self._generate
+        profile = self.decode_profile.times if profiled else None
+        started = time.perf_counter()
+        self._model.decode(self._state, step, self._model.threads, profile=profile)
+        return time.perf_counter() - started
+
+    @property
+    def decoded(self) -> list[int]:
+        """The tokens that the last `decode` took in, the first of them always 0."""
+        return [int(token) for token in self._history[: self._generate]]
+
+    def _read(self, tokens: Array, profile: Array | None = None) -> int:
+        """Take tokens into the state; returns the last one's row in its batch."""
+        for begin in range(0, len(tokens), BATCH):
+            batch = np.ascontiguousarray(tokens[begin : begin + BATCH])
+            if profile is None:
+                self._model.prefill(self._state, self._step, batch)
+            else:
+                self._model.prefill(self._state, self._step, batch, profile=profile)
+        return (len(tokens) - 1) % BATCH
 
 
 def run(
-    model: "Model", prompt: int = 512, generate: int = 128, depth: int = 0, repeat: int = 3
-) -> dict[str, float | int]:
-    """Speeds of prefill and decode; `depth` tokens are in the context before either is timed."""
-    for name, value, least in (
-        ("prompt", prompt, 1),
-        ("generate", generate, 1),
-        ("depth", depth, 0),
-        ("repeat", repeat, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise UsageError(f"{name} is {value!r}; it must be a whole number from {least}")
-    model.check_room(depth + prompt + generate)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.config.vocabulary, depth + prompt).astype(np.int32)
-    state = State(model.config, model.context)
-    step = model.step(state)
-    history = np.zeros(generate + 2, np.int32)
-    no_ends = np.zeros_like(model.ends)
-    record = Sampling(temperature=0.0).record(
-        model.logits_address,
-        model.config.vocabulary,
-        no_ends,
-        model.sampling_space,
-    )
-    step[[layout.SAMPLER, layout.HISTORY]] = record.ctypes.data, history.ctypes.data
-    _prefill(model, state, step, tokens[:depth])
-    start = state.snapshot()
-    prefill_seconds, decode_seconds, bandwidths = [], [], []
+    model: "Model",
+    prompt: int = 512,
+    generate: int = 128,
+    depth: int = 0,
+    repeat: int = 3,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Speeds of prefill and decode; `depth` tokens are in the context before either is timed.
+
+    Rates are per second, `profile` adds each operation's share of the time (ondevice/profile.py).
+    """
+    check("repeat", repeat, 1)
+    runner = Runner(model, prompt, generate, depth)
+    runner.prefill()
+    runner.decode()
+    memory = peak_memory()  # the machine's probes take more
+    machine = Machine(model.run, model.threads)
+    prefills, decodes, peaks, bandwidths = [], [], [], [machine.read_bandwidth()]
     for _ in range(repeat):
-        bandwidths.append(read_bandwidth(model, 1))
-        state.restore(start)
-        started = time.perf_counter()
-        _prefill(model, state, step, tokens[depth:])
-        prefilled = time.perf_counter()
-        _decode(model, state, step, history, generate)
-        decode_seconds.append((time.perf_counter() - prefilled) / generate)
-        prefill_seconds.append((prefilled - started) / prompt)
-    bytes_per_token = int(describe(model.path)["bytes_per_token"])
-    moved = bytes_per_token + 2 * memory_bytes(model.config)
-    moved += cache_bytes(model.config, depth + prompt + generate // 2)
-    bandwidth = statistics.median(bandwidths)
-    decode = 1 / statistics.median(decode_seconds)
-    return {
-        "prefill_tokens_per_second": 1 / statistics.median(prefill_seconds),
+        peaks.append(machine.int8_peak())
+        prefills.append(runner.prefill())
+        peaks.append(machine.int8_peak())
+        bandwidths.append(machine.read_bandwidth())
+        decodes.append(runner.decode())
+        bandwidths.append(machine.read_bandwidth())
+        runner.prefill(profiled=True)
+        if profile:
+            runner.decode(profiled=True)
+    description = describe(model.path)
+    weights = int(description["bytes_per_token"])
+    state = 2 * memory_bytes(model.config)
+    cache = cache_bytes(model.config, depth + prompt + generate // 2)
+    bandwidth, peak = statistics.median(bandwidths), statistics.median(peaks)
+    limit = bandwidth / (weights + state + cache)
+    prefill = prompt / statistics.median(prefills)
+    decode = generate / statistics.median(decodes)
+    dense, experts = macs_per_token(description)
+    dense_rate, expert_rate = (
+        macs * runner.prefill_profile.tokens / seconds if seconds else 0.0
+        for macs, seconds in (
+            (dense, runner.prefill_profile.seconds(*DENSE)),
+            (experts, runner.prefill_profile.seconds(*EXPERTS)),
+        )
+    )
+    found: dict[str, Any] = {
+        "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
-        "bytes_per_token": bytes_per_token,
+        "bytes_per_token": weights,
+        "state_bytes_per_token": state,
+        "cache_bytes_per_token": cache,
         "read_bandwidth": bandwidth,
-        "decode_limit_tokens_per_second": bandwidth / moved,
-        "decode_fraction_of_limit": decode * moved / bandwidth,
+        "decode_limit_tokens_per_second": limit,
+        "decode_fraction_of_limit": decode / limit,
+        "int8_peak": peak,
+        "prefill_macs_per_token": dense + experts,
+        "prefill_macs_per_second": (dense + experts) * prefill,
+        "prefill_dense_macs_per_second": dense_rate,
+        "prefill_expert_macs_per_second": expert_rate,
+        "prefill_fraction_of_int8_peak": (dense + experts) * prefill / peak,
+        "prefill_dense_fraction_of_int8_peak": dense_rate / peak,
+        "prefill_expert_fraction_of_int8_peak": expert_rate / peak,
         "load_seconds": model.load_seconds,
         "compile_seconds": model.compile_seconds,
-        "peak_memory": peak_memory(),
+        "peak_memory": memory,
         "threads": model.threads,
         "prompt": prompt,
         "generate": generate,
         "depth": depth,
         "repeat": repeat,
     }
+    if profile:
+        found["profile"] = {
+            "decode": runner.decode_profile.summary(),
+            "prefill": runner.prefill_profile.summary(),
+        }
+    return found
+
+
+def macs_per_token(description: dict[str, Any]) -> tuple[int, int]:
+    """Multiply-adds of one token with the layers' dense matrices and with its chosen experts.
+
+    From what `inspection.describe` says; without the output head, which a prompt's tokens but the
+    last one skip, and the convolution.
+    """
+    config = description["config"]
+    dense, experts = 0, 0
+    for tensor in description["tensors"]:
+        block, _, part = tensor["name"].removeprefix("blk.").partition(".")
+        if not block.isdigit() or int(block) >= config["layers"]:
+            continue
+        size = math.prod(tensor["shape"])
+        if part.endswith("_exps.weight"):
+            experts += size // config["experts"] * config["experts_used"]
+        elif part == "ffn_gate_inp_shexp.weight":
+            dense += size  # one row, which may be written as a vector
+        elif len(tensor["shape"]) > 1 and part != "ssm_conv1d.weight":
+            dense += size
+    return dense, experts
+
+
+def report(found: dict[str, Any]) -> str:
+    """What `run` returns, as lines to read."""
+
+    def macs(name: str) -> str:
+        rate, fraction = found[f"prefill_{name}macs_per_second"], f"prefill_{name}fraction"
+        return f"{rate / 1e9:.1f} GMAC/s ({found[f'{fraction}_of_int8_peak']:.0%} of the peak)"
+
+    moved = [found[f"{name}bytes_per_token"] / 1e6 for name in ("", "state_", "cache_")]
+    after = found["depth"] + found["prompt"]
+    rows = [
+        ("prefill", f"{found['prefill_tokens_per_second']:.5g} tokens/s: {found['prompt']} tokens"),
+        (
+            "decode",
+            f"{found['decode_tokens_per_second']:.4g} tokens/s: {found['generate']} tokens "
+            f"after {after}, on {found['threads']} threads",
+        ),
+        (
+            "limit",
+            f"{found['decode_limit_tokens_per_second']:.4g} tokens/s; decode has "
+            f"{found['decode_fraction_of_limit']:.0%} of it",
+        ),
+        (
+            "per token",
+            f"{sum(moved):.1f} MB: weights {moved[0]:.1f}, state {moved[1]:.1f}, "
+            f"keys and values {moved[2]:.1f}",
+        ),
+        ("memory reads", f"{found['read_bandwidth'] / 1e9:.2f} GB/s"),
+        ("int8 peak", f"{found['int8_peak'] / 1e9:.1f} GMAC/s"),
+        ("products", f"{macs('')} over the whole prefill"),
+        ("  dense", macs("dense_")),
+        ("  experts", macs("expert_")),
+        (
+            "start",
+            f"{found['load_seconds']:.2f} s, {found['compile_seconds']:.2f} of them for kernels",
+        ),
+        ("peak memory", f"{found['peak_memory'] / 1e6:,.0f} MB, mapped weights included"),
+    ]
+    lines = [f"{label:<13} {text}" for label, text in rows]
+    for name, summary in found.get("profile", {}).items():
+        lines += ["", table(summary, f"{name}, per token")]
+    return "\n".join(lines)
+
+
+def check(name: str, value: object, least: int) -> None:
+    """UsageError unless the value is a whole number from `least`."""
+    if not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number from {least}")
 
 
 def peak_memory() -> int:
@@ -113,17 +264,3 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _prefill(model: "Model", state: State, step: np.ndarray, tokens: np.ndarray) -> None:
-    for begin in range(0, len(tokens), BATCH):
-        model.prefill(state, step, np.ascontiguousarray(tokens[begin : begin + BATCH]))
-
-
-def _decode(
-    model: "Model", state: State, step: np.ndarray, history: np.ndarray, count: int
-) -> None:
-    token = np.zeros(1, np.int32)
-    step[[layout.TOKENS, layout.HISTORY_LENGTH]] = token.ctypes.data, 1
-    step[layout.STEPS_LEFT] = count
-    model.decode(state, step, model.threads)

@@ -145,6 +145,11 @@ class Model:
         words[layout.SCRATCH_BYTES] = self.scratch_bytes
         return words
 
+    @property
+    def programs(self) -> dict[str, Operations]:
+        """What `prefill`, `decode` and the output head run, by these names."""
+        return {"prefill": self._prefill, "decode": self._decode, "head": self._head}
+
     @contextmanager
     def _alone(self) -> Iterator[Team]:
         """The team, when the calls before this one are done."""
@@ -158,16 +163,18 @@ class Model:
         with self._alone() as team:
             team.run(program.records, step, profile)
 
-    def prefill(self, state: State, step: Array, tokens: Array) -> bool:
+    def prefill(
+        self, state: State, step: Array, tokens: Array, profile: Array | None = None
+    ) -> bool:
         """Take at most BATCH tokens (int32) into the state.
 
-        False if that was aborted; the state is then unchanged.
+        False if that was aborted; the state is then unchanged. `profile` as in `Team.run`.
         """
         before = state.snapshot()
         step[[layout.COUNT, layout.POSITION, layout.FIRST]] = len(tokens), state.position, 0
         step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
         try:
-            self.run(self._prefill, step)
+            self.run(self._prefill, step, profile)
         except BaseException:
             state.restore(before)
             raise
@@ -177,10 +184,16 @@ class Model:
         state.position += len(tokens)
         return True
 
-    def decode(self, state: State, step: Array, threads: int | None = None) -> None:
+    def decode(
+        self,
+        state: State,
+        step: Array,
+        threads: int | None = None,
+        profile: Array | None = None,
+    ) -> None:
         """Run the decode loop for at most STEPS_LEFT tokens, and move the state on.
 
-        On as many threads as is best at the moment, unless told.
+        On as many threads as is best at the moment, unless told. `profile` as in `Team.run`.
         """
         step[[layout.COUNT, layout.POSITION, layout.FIRST]] = 1, state.position, 0
         with self._alone() as team:
@@ -188,7 +201,8 @@ class Model:
                 step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
             started = time.perf_counter()
             try:
-                team.run(self._decode.records, step, threads=threads or self._pace.choose())
+                chosen = threads or self._pace.choose()
+                team.run(self._decode.records, step, profile, chosen)
             finally:
                 tokens = int(step[layout.POSITION]) - state.position
                 state.position += tokens

@@ -1,4 +1,4 @@
-"""What the machine can do: reading memory as fast as it goes, multiplying bytes as fast as it goes."""
+"""What the machine can do: reading memory and multiplying bytes as fast as they go."""
 
 from ondevice.kernels.layout import WORD, argument
 from ondevice.kernels.operation import operation

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: so many tokens, at that depth, with plausible numbers."""
 
+import ctypes
 import math
 import os
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ondevice import bench
+from ondevice import bench, machine
+from ondevice.config import Config
+from ondevice.inspection import describe
 from ondevice.model import Model
 from ondevice.state import State
 from quant.errors import UsageError
@@ -17,7 +20,13 @@ KEYS = {
     "decode_tokens_per_second",
     "bytes_per_token",
     "read_bandwidth",
+    "decode_limit_tokens_per_second",
     "decode_fraction_of_limit",
+    "int8_peak",
+    "prefill_macs_per_second",
+    "prefill_dense_macs_per_second",
+    "prefill_expert_macs_per_second",
+    "prefill_fraction_of_int8_peak",
     "load_seconds",
     "compile_seconds",
     "peak_memory",
@@ -26,7 +35,9 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "LEAST_BYTES", 2 << 20)
+    monkeypatch.setattr(machine, "PASS_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "last_cache", lambda: 0)
 
 
 def test_it_reports_positive_numbers(tiny: Model) -> None:
@@ -39,18 +50,54 @@ def test_it_reports_positive_numbers(tiny: Model) -> None:
     assert given == {"prompt": 20, "generate": 5, "depth": 0, "repeat": 2, "threads": 1}
 
 
+def test_fractions_are_of_the_limits_it_reports(tiny: Model) -> None:
+    found = bench.run(tiny, prompt=20, generate=6, depth=10, repeat=1)
+    config = tiny.config
+    attention = config.layers - sum(config.recurrent)
+    memory = config.value_heads * config.state_size**2
+    window = (config.conv_kernel - 1) * config.conv_channels
+    assert found["state_bytes_per_token"] == 2 * 4 * sum(config.recurrent) * (memory + window)
+    per_position = 2 * attention * 2 * config.kv_heads * config.head_dim
+    positions = found["cache_bytes_per_token"] / per_position
+    assert 10 + 20 + 3 <= positions <= 64  # whole tiles
+    moved = sum(found[f"{name}bytes_per_token"] for name in ("", "state_", "cache_"))
+    limit = found["read_bandwidth"] / moved
+    assert found["decode_limit_tokens_per_second"] == pytest.approx(limit)
+    fraction = found["decode_tokens_per_second"] / limit
+    assert found["decode_fraction_of_limit"] == pytest.approx(fraction)
+    macs = found["prefill_macs_per_token"] * found["prefill_tokens_per_second"]
+    assert found["prefill_macs_per_second"] == pytest.approx(macs)
+    assert found["prefill_fraction_of_int8_peak"] == pytest.approx(macs / found["int8_peak"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+def test_multiply_adds_are_those_of_the_layers_equations(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model: Model = request.getfixturevalue(name)
+    config: Config = model.config
+    hidden, heads, kv_heads, size = config.hidden, config.heads, config.kv_heads, config.head_dim
+    delta = sum(config.recurrent)
+    qkv = 2 * config.key_heads * config.state_size + config.value_dim
+    dense = delta * hidden * (qkv + 2 * config.value_dim + 2 * config.value_heads)
+    dense += (config.layers - delta) * hidden * size * (3 * heads + 2 * kv_heads)
+    dense += config.layers * hidden * (config.experts + 3 * config.shared_width + 1)
+    experts = config.layers * config.experts_used * 3 * hidden * config.expert_width
+    assert bench.macs_per_token(describe(model.path)) == (dense, experts)
+
+
 def test_it_runs_what_it_was_asked_for(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The depth is read once, each repetition goes back to it, and no end token cuts it short."""
     prefilled: list[tuple[int, int]] = []
     ends: list[int] = []
     prefill, decode = tiny.prefill, tiny.decode
 
-    def watched_prefill(state: State, step: np.ndarray, tokens: np.ndarray) -> bool:
+    def watched_prefill(state: State, step: np.ndarray, tokens: np.ndarray, **rest: Any) -> bool:
         prefilled.append((state.position, len(tokens)))
-        return prefill(state, step, tokens)
+        return prefill(state, step, tokens, **rest)
 
-    def watched_decode(state: State, step: np.ndarray, threads: int) -> None:
-        decode(state, step, threads)
+    def watched_decode(state: State, step: np.ndarray, threads: int, **rest: Any) -> None:
+        decode(state, step, threads, **rest)
         ends.append(state.position)
 
     monkeypatch.setattr(tiny, "prefill", watched_prefill)
@@ -58,8 +105,35 @@ def test_it_runs_what_it_was_asked_for(tiny: Model, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiny, "ends", np.ones_like(tiny.ends))
     found = bench.run(tiny, prompt=600, generate=7, depth=50, repeat=2)
     assert found["depth"] == 50
-    assert prefilled == [(0, 50)] + 2 * [(50, 512), (562, 88)]
-    assert ends == 2 * [50 + 600 + 7]
+    # one round to warm up, then each measured once and once more for the profile
+    assert prefilled == [(0, 50)] + 5 * [(50, 512), (562, 88)]
+    assert ends == 3 * [50 + 600 + 7]
+
+
+def test_prefill_ends_with_the_logits_of_the_last_token(tiny: Model) -> None:
+    runner = bench.Runner(tiny, prompt=70, generate=3)
+    runner.prefill()
+    tokens = np.random.default_rng(0).integers(0, tiny.config.vocabulary, 70)
+    expected = tiny.logits(tokens)[-1]
+    runner.prefill(profiled=True)
+    row = ctypes.c_float * tiny.config.vocabulary
+    assert (np.array(row.from_address(tiny.logits_address)) == expected).all()
+    runner.decode()
+    assert runner.decoded[0] == 0 and len(runner.decoded) == 3
+    follow = tiny.logits([*tokens, *runner.decoded])[-3:-1].argmax(axis=1)
+    assert runner.decoded[1:] == follow.tolist()
+
+
+def test_a_profile_on_request(tiny: Model) -> None:
+    options: dict[str, Any] = {"prompt": 20, "generate": 5, "repeat": 2}
+    assert "profile" not in bench.run(tiny, **options)
+    found = bench.run(tiny, **options, profile=True)
+    assert found["profile"]["decode"]["tokens"] == 2 * 5
+    assert found["profile"]["prefill"]["tokens"] == 2 * 20
+    shown = bench.report(found)
+    assert "decode, per token" in shown and "prefill, per token" in shown
+    limit = f"{found['decode_limit_tokens_per_second']:.4g} tokens/s"
+    assert f"limit         {limit}" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ import pytest
 
 from ondevice.kernels import tiles
 from ondevice.kernels.operation import CompiledFunction
-from ondevice.kernels.simd import f32x16, i16x32, i32x16, load, store, u8x64
+from ondevice.kernels.simd import (
+    f32x16,
+    i16x32,
+    i32x16,
+    lane_sum,
+    load,
+    splat,
+    store,
+    store_i32,
+    u8x64,
+)
 from ondevice.kernels.tiles import tile1, tile2
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
@@ -186,6 +196,28 @@ def test_products_of_floats() -> None:
     products(w.ctypes.data, a.ctypes.data, out.ctypes.data)
     assert abs(out[:2] - expected).max() < 1e-6
     assert (out[2] == w).all()
+
+
+@three_integers
+def peak_dot(w: int, a: int, out: int) -> None:
+    one = splat(tiles.PEAK_TOTAL, 1)
+    total = tiles.peak_dot(one, load(tiles.PEAK_BYTES, w), load(tiles.PEAK_BYTES, a))
+    store_i32(out, np.int64(lane_sum(total)))
+
+
+def test_peak_dot() -> None:
+    lanes = tiles.PEAK_BYTES.lanes
+    w, a = DRAWS["random"](0, 15, lanes), DRAWS["random"](-10, 10, lanes)
+    if lanes == tiles.PEAK_MACS:
+        expected = (w * a).sum()
+    else:  # the product of a 2 x 8 matrix and an 8 x 2 one
+        expected = (w.reshape(2, 8) @ a.reshape(2, 8).T).sum()
+        assert tiles.PEAK_MACS == 2 * 8 * 2
+    expected += tiles.PEAK_TOTAL.lanes
+    out = np.zeros(1, np.int32)
+    codes = [w.astype(np.uint8), a.astype(np.int8)]
+    peak_dot(codes[0].ctypes.data, codes[1].ctypes.data, out.ctypes.data)
+    assert out[0] == expected
 
 
 @pytest.mark.parametrize("cpu", MACHINES)
