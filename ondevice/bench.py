@@ -1,7 +1,8 @@
 """How fast a model runs on this machine, beside what the machine would allow.
 
     prefill   tokens of a prompt per second, until the logits that follow the last one are there
-    decode    tokens per second one after the other, each the likeliest after those before
+    decode    tokens per second one after the other, each the likeliest that is not among the 64
+              before it: a model that repeats itself would find its experts in the caches
     limit     read bandwidth / bytes of a decode step: every dense weight, the chosen experts, the
               recurrent state once read and once written, keys and values so far
     MACs      multiply-adds of a prompt's token with weight matrices, those of the file's shapes;
@@ -35,6 +36,8 @@ from quant.format import Array
 if TYPE_CHECKING:
     from ondevice.model import Model
 
+NEVER_AGAIN = 100.0  # the highest penalty for a repeated token
+
 
 class Runner:
     """Runs prefill and decode from a fixed point, `depth` random tokens into a text."""
@@ -56,7 +59,7 @@ class Runner:
         self._first = np.zeros(1, np.int32)
         self._history = np.zeros(generate + 2, np.int32)
         self._no_ends = np.zeros_like(model.ends)
-        self._sampler = Sampling(temperature=0.0).record(
+        self._sampler = Sampling(temperature=0.0, repeat_penalty=NEVER_AGAIN).record(
             model.logits_address, model.config.vocabulary, self._no_ends, model.sampling_space
         )
         addresses = self._sampler.ctypes.data, self._history.ctypes.data
@@ -91,6 +94,11 @@ class Runner:
         return time.perf_counter() - started
 
     @property
+    def prompt(self) -> list[int]:
+        """The tokens that `prefill` takes in."""
+        return [int(token) for token in self._tokens[-self._prompt :]]
+
+    @property
     def decoded(self) -> list[int]:
         """The tokens that the last `decode` took in, the first of them always 0."""
         return [int(token) for token in self._history[: self._generate]]
@@ -106,6 +114,96 @@ class Runner:
         return (len(tokens) - 1) % BATCH
 
 
+class Measurement:
+    """Rounds of prefill and decode, the machine's probes around them, and what they come to."""
+
+    def __init__(
+        self,
+        model: "Model",
+        prompt: int = 512,
+        generate: int = 128,
+        depth: int = 0,
+        machine: Machine | None = None,
+    ) -> None:
+        self.runner = Runner(model, prompt, generate, depth)
+        self._model = model
+        self._options = {"prompt": prompt, "generate": generate, "depth": depth}
+        self.runner.prefill()
+        self.runner.decode()
+        self._memory = peak_memory()  # the probes take more
+        self.machine = machine or Machine(model.run, model.threads)
+        self.prefills: list[float] = []
+        self.decodes: list[float] = []
+        self._bandwidths: list[float] = []
+        self._peaks: list[float] = []
+
+    def round(self) -> None:
+        """Measure once."""
+        self._bandwidths.append(self.machine.read_bandwidth())
+        self._peaks.append(self.machine.int8_peak())
+        self.prefills.append(self.runner.prefill())
+        self._peaks.append(self.machine.int8_peak())
+        self._bandwidths.append(self.machine.read_bandwidth())
+        self.decodes.append(self.runner.decode())
+        self._bandwidths.append(self.machine.read_bandwidth())
+
+    def profile(self, decode: bool = True) -> None:
+        """Run once more and note where the time goes, at least in prefill."""
+        self.runner.prefill(profiled=True)
+        if decode:
+            self.runner.decode(profiled=True)
+
+    def figures(self) -> dict[str, Any]:
+        """Medians of the rounds; rates are per second."""
+        model, prompt, generate, depth = self._model, *self._options.values()
+        description = describe(model.path)
+        weights = int(description["bytes_per_token"])
+        state = 2 * memory_bytes(model.config)
+        cache = cache_bytes(model.config, depth + prompt + generate // 2)
+        bandwidth = statistics.median(self._bandwidths)
+        peak = statistics.median(self._peaks)
+        limit = bandwidth / (weights + state + cache)
+        prefill = prompt / statistics.median(self.prefills)
+        decode = generate / statistics.median(self.decodes)
+        macs = macs_per_token(description)
+        profile = self.runner.prefill_profile
+        dense, experts = (
+            amount * profile.tokens / (profile.seconds(*names) or math.inf)
+            for amount, names in zip(macs, (DENSE, EXPERTS), strict=True)
+        )
+        return {
+            "prefill_tokens_per_second": prefill,
+            "decode_tokens_per_second": decode,
+            "bytes_per_token": weights,
+            "state_bytes_per_token": state,
+            "cache_bytes_per_token": cache,
+            "read_bandwidth": bandwidth,
+            "decode_limit_tokens_per_second": limit,
+            "decode_fraction_of_limit": decode / limit,
+            "int8_peak": peak,
+            "prefill_macs_per_token": sum(macs),
+            "prefill_macs_per_second": sum(macs) * prefill,
+            "prefill_dense_macs_per_second": dense,
+            "prefill_expert_macs_per_second": experts,
+            "prefill_fraction_of_int8_peak": sum(macs) * prefill / peak,
+            "prefill_dense_fraction_of_int8_peak": dense / peak,
+            "prefill_expert_fraction_of_int8_peak": experts / peak,
+            "load_seconds": model.load_seconds,
+            "compile_seconds": model.compile_seconds,
+            "peak_memory": self._memory,
+            "threads": model.threads,
+            **self._options,
+            "repeat": len(self.prefills),
+        }
+
+    def summaries(self) -> dict[str, Any]:
+        """Where the time went in decode and in prefill, per token (ondevice/profile.py)."""
+        return {
+            "decode": self.runner.decode_profile.summary(),
+            "prefill": self.runner.prefill_profile.summary(),
+        }
+
+
 def run(
     model: "Model",
     prompt: int = 512,
@@ -116,73 +214,14 @@ def run(
 ) -> dict[str, Any]:
     """Speeds of prefill and decode; `depth` tokens are in the context before either is timed.
 
-    Rates are per second, `profile` adds each operation's share of the time (ondevice/profile.py).
+    Rates are per second; `profile` adds where the time goes, operation by operation.
     """
     check("repeat", repeat, 1)
-    runner = Runner(model, prompt, generate, depth)
-    runner.prefill()
-    runner.decode()
-    memory = peak_memory()  # the machine's probes take more
-    machine = Machine(model.run, model.threads)
-    prefills, decodes, peaks, bandwidths = [], [], [], [machine.read_bandwidth()]
+    measurement = Measurement(model, prompt, generate, depth)
     for _ in range(repeat):
-        peaks.append(machine.int8_peak())
-        prefills.append(runner.prefill())
-        peaks.append(machine.int8_peak())
-        bandwidths.append(machine.read_bandwidth())
-        decodes.append(runner.decode())
-        bandwidths.append(machine.read_bandwidth())
-        runner.prefill(profiled=True)
-        if profile:
-            runner.decode(profiled=True)
-    description = describe(model.path)
-    weights = int(description["bytes_per_token"])
-    state = 2 * memory_bytes(model.config)
-    cache = cache_bytes(model.config, depth + prompt + generate // 2)
-    bandwidth, peak = statistics.median(bandwidths), statistics.median(peaks)
-    limit = bandwidth / (weights + state + cache)
-    prefill = prompt / statistics.median(prefills)
-    decode = generate / statistics.median(decodes)
-    dense, experts = macs_per_token(description)
-    dense_rate, expert_rate = (
-        macs * runner.prefill_profile.tokens / seconds if seconds else 0.0
-        for macs, seconds in (
-            (dense, runner.prefill_profile.seconds(*DENSE)),
-            (experts, runner.prefill_profile.seconds(*EXPERTS)),
-        )
-    )
-    found: dict[str, Any] = {
-        "prefill_tokens_per_second": prefill,
-        "decode_tokens_per_second": decode,
-        "bytes_per_token": weights,
-        "state_bytes_per_token": state,
-        "cache_bytes_per_token": cache,
-        "read_bandwidth": bandwidth,
-        "decode_limit_tokens_per_second": limit,
-        "decode_fraction_of_limit": decode / limit,
-        "int8_peak": peak,
-        "prefill_macs_per_token": dense + experts,
-        "prefill_macs_per_second": (dense + experts) * prefill,
-        "prefill_dense_macs_per_second": dense_rate,
-        "prefill_expert_macs_per_second": expert_rate,
-        "prefill_fraction_of_int8_peak": (dense + experts) * prefill / peak,
-        "prefill_dense_fraction_of_int8_peak": dense_rate / peak,
-        "prefill_expert_fraction_of_int8_peak": expert_rate / peak,
-        "load_seconds": model.load_seconds,
-        "compile_seconds": model.compile_seconds,
-        "peak_memory": memory,
-        "threads": model.threads,
-        "prompt": prompt,
-        "generate": generate,
-        "depth": depth,
-        "repeat": repeat,
-    }
-    if profile:
-        found["profile"] = {
-            "decode": runner.decode_profile.summary(),
-            "prefill": runner.prefill_profile.summary(),
-        }
-    return found
+        measurement.round()
+        measurement.profile(decode=profile)
+    return measurement.figures() | ({"profile": measurement.summaries()} if profile else {})
 
 
 def macs_per_token(description: dict[str, Any]) -> tuple[int, int]:

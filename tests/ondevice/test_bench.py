@@ -120,8 +120,18 @@ def test_prefill_ends_with_the_logits_of_the_last_token(tiny: Model) -> None:
     assert (np.array(row.from_address(tiny.logits_address)) == expected).all()
     runner.decode()
     assert runner.decoded[0] == 0 and len(runner.decoded) == 3
-    follow = tiny.logits([*tokens, *runner.decoded])[-3:-1].argmax(axis=1)
-    assert runner.decoded[1:] == follow.tolist()
+    rows = tiny.logits([*tokens, *runner.decoded])[-3:-1]
+    for i, row in enumerate(rows):
+        for token in runner.decoded[: i + 1]:
+            row[token] *= 100 if row[token] < 0 else 0.01
+    assert runner.decoded[1:] == rows.argmax(axis=1).tolist()
+
+
+def test_decoding_does_not_repeat_itself(tiny: Model) -> None:
+    runner = bench.Runner(tiny, prompt=1, generate=60)
+    runner.prefill()
+    runner.decode()
+    assert len(set(runner.decoded)) == 60
 
 
 def test_a_profile_on_request(tiny: Model) -> None:
