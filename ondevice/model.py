@@ -24,7 +24,7 @@ from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import expand, layout, sample
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
-from ondevice.layers.attention import attention, rotations
+from ondevice.layers.attention import attention, positions
 from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
 from ondevice.pace import Pace
@@ -107,14 +107,14 @@ class Model:
             per_token=True,
             then=layout.CHAIN,
         )
-        angles = rotations(program, config)
+        batch = positions(program, config)
         place, index = 0, 0
         for layer, recurrent in enumerate(config.recurrent):
             if recurrent:
                 mixed = deltanet(program, config, weights, layer, x, place)
                 place += memory_bytes(config)
             else:
-                mixed = attention(program, config, weights, layer, x, angles, index)
+                mixed = attention(program, config, weights, layer, x, batch, index)
                 index += 1
             moe(program, config, weights, layer, x, mixed)
         self._prefill = program.take()

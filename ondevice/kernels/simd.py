@@ -355,6 +355,7 @@ def _scalar_store(kind: types.Type, convert: Callable[[Any, Any], Any]) -> Any:
 
 
 store_f32 = _scalar_store(types.float32, lambda b, x: x)
+store_f16 = _scalar_store(types.float32, float_to_half)
 store_i64 = _scalar_store(types.int64, lambda b, x: x)
 store_i32 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I32))
 store_i16 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I16))
@@ -732,6 +733,17 @@ def lane_maximum(typing: Any, value: Any) -> Any:
         return fold(builder, args[0], greater)
 
     return value.element(value), lower
+
+
+@intrinsic
+def first_lanes(typing: Any, value: Any, count: Any, rest: Any) -> Any:
+    """The first `count` lanes of a float vector, the number `rest` in the others."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        mask = _lane_mask(builder, args[1], value.lanes)
+        return builder.select(mask, args[0], broadcast(builder, args[2], value.lanes))
+
+    return value(value, types.intp, value.element), lower
 
 
 @intrinsic

@@ -7,29 +7,42 @@
 HF: Qwen3NextAttention in transformers, models/qwen3_next/modeling_qwen3_next.py.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ondevice.config import Config
 from ondevice.kernels import attention as kernels
 from ondevice.kernels.layout import BESIDE, CHAIN
-from ondevice.program import Buffer, Program, float_bits
+from ondevice.program import Buffer, Program, float_bits, record_arguments
 from ondevice.weights import Weights
 
 
-def rotations(program: Program, config: Config) -> int:
-    """Add the angles of a batch's positions; returns the address that `attention` takes."""
+class Batch(NamedTuple):
+    """What a batch's positions say to all attention layers: addresses."""
+
+    angles: int
+    tasks: int
+    partials: int
+
+
+def positions(program: Program, config: Config) -> Batch:
+    """Add what depends on a batch's positions alone."""
     pairs = config.rope_dimensions // 2
     exponents = np.arange(0, config.rope_dimensions, 2, dtype=np.float32)
     base = np.float32(config.rope_base)
     frequencies = np.float32(1) / base ** (exponents / np.float32(config.rope_dimensions))
     table = program.keep(np.zeros((program.capacity, 2, pairs), np.float32))
+    tasks = np.zeros(1, np.int64)
     program.add(
         kernels.rotations,
         *(program.keep(frequencies.astype(np.float32)), pairs, table),
+        *(config.kv_heads, program.keep(tasks)),
         per_token=True,
         then=CHAIN,
     )
-    return table
+    partials = np.zeros(kernels.partial_bytes(config.heads, config.head_dim), np.uint8)
+    return Batch(table, int(tasks.ctypes.data), program.keep(partials))
 
 
 def attention(
@@ -38,7 +51,7 @@ def attention(
     weights: Weights,
     layer: int,
     x: Buffer,
-    angles: int,
+    batch: Batch,
     index: int,
 ) -> Buffer:
     """y for every token; `index` counts the attention layers before this one."""
@@ -58,7 +71,7 @@ def attention(
     program.add(
         kernels.attention_inputs,
         *(q.address, q.row_bytes, k.address, k.row_bytes, v.address, v.row_bytes),
-        *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, angles),
+        *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
         program.keep(weights.vector(f"{block}.attn_q_norm.weight", size)),
         program.keep(weights.vector(f"{block}.attn_k_norm.weight", size)),
         float_bits(config.norm_epsilon),
@@ -67,13 +80,18 @@ def attention(
         per_token=True,
     )
     o = program.activation("attention output", config.heads * size, (out_matrix,))
-    program.scratch_bytes = max(program.scratch_bytes, kernels.scratch_bytes(size))
+    scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
+    program.scratch_bytes = max(program.scratch_bytes, scratch)
     program.add(
         kernels.attend,
         *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
-        *(o.floats.address, o.floats.row_bytes, index),
-        tasks=config.heads,
+        *(o.floats.address, o.floats.row_bytes, index, batch.partials),
+        times=batch.tasks,
+    )
+    program.add(
+        kernels.attention_output,
+        *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
+        *(batch.partials, *record_arguments(o)),
         per_token=True,
     )
-    program.quantize(o)
     return program.linear(out_matrix, o, "mixer output")

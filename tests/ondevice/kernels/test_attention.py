@@ -30,6 +30,7 @@ class Case:
     size: int
     pairs: int
     tokens: int
+    context: int = CONTEXT
 
     def __post_init__(self) -> None:
         heads, kv_heads, size = self.heads, self.kv_heads, self.size
@@ -38,10 +39,10 @@ class Case:
         self.q_norm, self.k_norm = 1 + normal(2, size, seed=3) / 4
         exponents = -np.arange(self.pairs) / np.float32(max(self.pairs, 1))
         self.frequencies = (10000.0**exponents).astype(np.float32)
-        self.layer_bytes = attention.cache_bytes(kv_heads, size, CONTEXT)
+        self.layer_bytes = attention.cache_bytes(kv_heads, size, self.context)
         self.cache = np.full(2 * self.layer_bytes, 0xFF, np.uint8)
 
-    def run(self, start: int, end: int) -> Array:
+    def run(self, start: int, end: int, threads: int = 2) -> Array:
         """Outputs (tokens, heads * size) of tokens start .. end, which go into the cache."""
         count = end - start
         table = np.full((count + 1, 2 * self.pairs), np.nan, np.float32)
@@ -49,9 +50,11 @@ class Case:
             "count": count,
             "position": start,
             "cache": self.cache,
-            "context": CONTEXT,
+            "context": self.context,
         }
-        run(attention.rotations, self.frequencies, self.pairs, table, per_token=True, **where)
+        tasks = np.zeros(1, np.int64)
+        angles = (self.frequencies, self.pairs, table, self.kv_heads, tasks)
+        run(attention.rotations, *angles, per_token=True, **where)
         assert np.isnan(table[-1]).all()
         q, k, v = (Rows.of(x[start:end]) for x in (self.q, self.k, self.v))
         shape = (self.heads, self.kv_heads, self.size)
@@ -63,11 +66,19 @@ class Case:
             **where,
         )
         out = Rows(count, self.heads * self.size)
+        parts = Rows(1, attention.partial_bytes(self.heads, self.size), np.uint8)
         run(
             attention.attend,
-            *(q, *shape, out, LAYER),
-            scratch=attention.scratch_bytes(self.size),
-            tasks=self.heads,
+            *(q, *shape, out, LAYER, parts.address),
+            scratch=attention.scratch_bytes(*shape),
+            times=tasks,
+            threads=threads,
+            **where,
+        )
+        parts.check()
+        run(
+            attention.attention_output,
+            *(q, self.heads, self.size, out, parts.address),
             per_token=True,
             **where,
         )
@@ -76,9 +87,16 @@ class Case:
     def cached(self) -> tuple[Array, Array]:
         """Keys and values (kv heads, context, stride) float64, as documented."""
         own = self.cache[LAYER * self.layer_bytes :][: self.layer_bytes].view(np.float16)
+        width, tiles = attention.stride(self.size), self.context // attention.TILE
         with np.errstate(invalid="ignore"):
-            both = own.astype(np.float64).reshape(2, self.kv_heads, CONTEXT, -1)
-        return both[0], both[1]
+            own = own.astype(np.float64).reshape(self.kv_heads, tiles, 2, -1)
+        keys = own[:, :, 0].reshape(self.kv_heads, -1, width, attention.GROUP)
+        values = own[:, :, 1].reshape(self.kv_heads, tiles, -1, attention.TILE, 16)
+        shape = (self.kv_heads, self.context, width)
+        return (
+            keys.transpose(0, 1, 3, 2).reshape(shape),
+            values.transpose(0, 1, 3, 2, 4).reshape(shape),
+        )
 
     def turned(self, x: Array, weight: Array) -> Array:
         """rope(norm(x)) of x (tokens, heads, size) in float64."""
@@ -117,14 +135,13 @@ def test_attention(heads: int, kv_heads: int, size: int, pairs: int, tokens: int
     case = Case(heads, kv_heads, size, pairs, tokens)
     out = case.run(0, tokens)
     keys, values = case.cached()
-    spare = slice(size, attention.stride(size))
+    assert not values[:, :tokens, size:].any()
     wanted = case.turned(case.k.reshape(tokens, kv_heads, size), case.k_norm)
     for cached, rows in ((keys, wanted), (values, case.v.reshape(tokens, kv_heads, size))):
         rows = rows.transpose(1, 0, 2)
         np.testing.assert_allclose(
             cached[:, :tokens, :size], rows, rtol=1.001 * HALF_ROUNDING, atol=1e-6
         )
-        assert not cached[:, :tokens, spare].any()
         assert np.isnan(cached[:, tokens:]).all(), "written beyond the sequence"
     assert (case.cache[: case.layer_bytes] == 0xFF).all(), "another layer's cache was written"
     np.testing.assert_allclose(out, case.exact(), rtol=ROUNDING, atol=ROUNDING)
