@@ -4,15 +4,9 @@
                                               pairing i with i + rope / 2 (Su et al., 2021)
     o = softmax(q k' / sqrt(size)) v * sigmoid(gate)
 
-The cache of a layer holds, per KV head, tiles of 64 positions that start at multiples of 64. With
-stride = `size` rounded up to 16 a tile is
-
-    keys     (4 groups of 16 positions, stride, 16 positions) f16
-    values   (stride / 16, 64 positions, 16 dimensions) f16, zero beyond `size`
-
-so that scores have a position in each lane and outputs a dimension, and nothing is folded. The
-heads of a token that share a KV head are multiplied together, ROWS at a time; a prompt's tokens in
-blocks of BLOCK, for which each tile is converted to floats once.
+The cache is laid out as kernels/cache.py says, in half floats or in bytes. The heads of a token
+that share a KV head are multiplied together, ROWS at a time; a prompt's tokens go over a tile in
+blocks of BLOCK.
 
 A token with n positions to look at cuts them into at most PARTS chunks of the same length, a power
 of two that n alone determines. Each chunk has a running maximum and sum (Milakov and Gimelshein,
@@ -22,11 +16,33 @@ alone.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ondevice.kernels import cache_f16, cache_q8_0
 from ondevice.kernels.activation import exponential, quantize_row, sigmoid
-from ondevice.kernels.dot.floats import F16, F32, sixteen
+from ondevice.kernels.cache import (
+    BLOCK,
+    GROUP,
+    PARTS,
+    TILE,
+    attend_tile,
+    begin_chunk,
+    bytes_of_set,
+    chunk_length,
+    head_width,
+    keep_token,
+    numbers_of,
+    panel_bytes,
+    set_bytes,
+    take_queries,
+    tile_bytes,
+)
+from ondevice.kernels.cache_q8_0 import Q8_0
+from ondevice.kernels.dot.floats import F16
 from ondevice.kernels.layout import (
     ARGUMENTS,
     CACHE,
@@ -38,66 +54,32 @@ from ondevice.kernels.layout import (
     word,
 )
 from ondevice.kernels.norm import normalize
-from ondevice.kernels.operation import operation
-from ondevice.kernels.rows import ROWS, fma_rows, load_rows, scale_rows, store_rows, zero_rows
+from ondevice.kernels.operation import CompiledFunction, operation
+from ondevice.kernels.rows import ROWS
 from ondevice.kernels.simd import (
     f32x16,
-    first_lanes,
     fma,
     lane_maximum,
-    lane_sum,
     load,
     load_f32,
-    load_halves,
     load_some,
-    maximum,
-    prefetch,
     splat,
     store,
-    store_f16,
     store_f32,
-    store_halves,
     store_i64,
     store_some,
-    zero,
 )
 from quant.jit import inner
-
-TILE = 64
-GROUP = 16  # positions whose keys lie side by side
-BLOCK = 8  # tokens that share a converted tile
-PARTS = 16  # most chunks of a token
-SHORTEST = 256  # positions of a chunk
-LOWEST = np.float32(-1e30)
-
-
-def stride(size: int) -> int:
-    """Dimensions of a head, rounded up to whole vectors."""
-    return -(-size // 16) * 16
-
-
-def cache_bytes(kv_heads: int, size: int, context: int) -> int:
-    """Bytes of one layer's keys and values; context is a multiple of TILE."""
-    return 2 * kv_heads * context * stride(size) * 2
 
 
 def partial_bytes(heads: int, size: int) -> int:
     """Bytes of the results of chunks: (BLOCK, heads, PARTS) of maximum, sum and output."""
-    return 4 * BLOCK * heads * PARTS * (16 + stride(size))
+    return 4 * BLOCK * heads * PARTS * (16 + head_width(size))
 
 
 def scratch_bytes(heads: int, kv_heads: int, size: int) -> int:
-    """Scratch that `attend` needs: a converted piece of a tile, and what each row of a block has."""
-    sets = BLOCK * -(-(heads // kv_heads) // ROWS)
-    return 4 * (PANEL_DIMENSIONS * TILE + GROUP * stride(size) + sets * set_floats(size))
-
-
-def set_floats(size: int) -> int:
-    """Floats of ROWS rows: queries, outputs, merged outputs; shares; six numbers of each."""
-    return ROWS * (3 * stride(size) + TILE) + 6 * 16
-
-
-PANEL_DIMENSIONS = 32  # of values, converted at a time
+    """Scratch that `attend` needs: a converted piece of a tile, and the sets of a block."""
+    return panel_bytes(size) + BLOCK * -(-(heads // kv_heads) // ROWS) * set_bytes(size)
 
 
 @operation
@@ -117,13 +99,6 @@ def rotations(op, step, t, scratch):
         store_f32(row + 4 * (pairs + i), np.float32(math.sin(angle)))
 
 
-@inner
-def chunk_length(positions):
-    """Positions of a chunk of a token that looks at so many."""
-    length = SHORTEST
-    while length * PARTS < positions:
-        length *= 2
-    return length
 
 
 @inner
@@ -149,14 +124,18 @@ def rotate(x, pairs, row):
         store_some(high, b * cosine + a * sine, left)
 
 
+
+
 @inner
-def tile_at(cache, context, head, position, row_bytes):
-    """Address of the tile that holds a position; its values follow TILE * row_bytes later."""
-    return cache + 2 * row_bytes * (head * context + position // TILE * TILE)
+def tile_at(kind, step, layer, kv_heads, head, position, width):
+    """Address of the tile of a layer and KV head that holds a position."""
+    tiles = word(step, CONTEXT) // TILE
+    number = (layer * kv_heads + head) * tiles + position // TILE
+    return word(step, CACHE) + number * tile_bytes(kind, width)
 
 
-@operation
-def attention_inputs(op, step, task, scratch):
+@inner
+def keep_inputs(kind, op, step, task):
     """Norm and rotate a head of q (in place) or k; keep k and v in the cache.
 
     (q, bytes, k, bytes, v, bytes, heads, kv heads, size, pairs, rotations, q norm, k norm, epsilon,
@@ -168,8 +147,7 @@ def attention_inputs(op, step, task, scratch):
     size, pairs, angles = argument(op, 8), argument(op, 9), argument(op, 10)
     q_norm, k_norm = argument(op, 11), argument(op, 12)
     epsilon = load_f32(op + WORD * (ARGUMENTS + 13))
-    context, row_bytes = word(step, CONTEXT), 2 * ((size + 15) // 16 * 16)
-    cache = word(step, CACHE) + argument(op, 14) * 2 * kv_heads * context * row_bytes
+    width = (size + 31) // 32 * 32
     t, head = task // (heads + kv_heads), task % (heads + kv_heads)
     if head < heads:
         x = q + t * q_bytes + 8 * size * head
@@ -185,117 +163,10 @@ def attention_inputs(op, step, task, scratch):
         x = k + other * k_bytes + 4 * size * head
         normalize(x, size, k_norm, epsilon, x)
         rotate(x, pairs, angles + 8 * pairs * other)
-        tile = tile_at(cache, context, head, position, row_bytes)
-        place = position % TILE
-        keys = tile + place // GROUP * GROUP * row_bytes + 2 * (place % GROUP)
-        for i in range(size):
-            store_f16(keys + 2 * GROUP * i, load_f32(x + 4 * i))
-        values = tile + TILE * row_bytes + 32 * place
-        x = v + other * v_bytes + 4 * size * head
-        for c in range(0, size, 16):
-            store_halves(values + 2 * TILE * c, load_some(x + 4 * c, size - c))
+        tile = tile_at(kind, step, argument(op, 14), kv_heads, head, position, width)
+        value = v + other * v_bytes + 4 * size * head
+        keep_token(kind, tile, position % TILE, width, size, x, value)
         position += 1
-
-
-# ---- a set: ROWS heads of one token that read the same KV head ----
-#
-# queries (ROWS, stride) | outputs (ROWS, stride) | merged outputs (ROWS, stride) |
-# shares (ROWS, TILE) | maxima, sums, factors, new maxima, merged maxima, merged sums: 16 each
-
-
-@inner
-def numbers_of(rows, width):
-    """Address of a set's sixes of numbers."""
-    return rows + 4 * ROWS * (3 * width + TILE)
-
-
-@inner
-def take_queries(rows, width, x, size, used):
-    """The queries of a set's heads, 8 * size bytes apart, and zeros for heads it has not."""
-    for r in range(ROWS):
-        target = rows + 4 * r * width
-        for c in range(0, width, 16):
-            left = size - c if r < used else 0
-            store(target + 4 * c, load_some(x + 8 * r * size + 4 * c, left))
-
-
-@inner
-def begin_chunk(rows, width):
-    """No outputs yet."""
-    for i in range(0, ROWS * width, 16):
-        store(rows + 4 * (ROWS * width + i), zero(f32x16))
-    numbers = numbers_of(rows, width)
-    store(numbers, splat(f32x16, LOWEST))
-    store(numbers + 64, zero(f32x16))
-
-
-@inner
-def score_group(layout, rows, width, size, keys, step, group, ahead):
-    """Products of ROWS queries with 16 keys, which lie `step` bytes apart per dimension."""
-    sums = zero_rows()
-    for d in range(size):
-        prefetch(keys + step * d + ahead)
-        sums = fma_rows(sums, sixteen(layout, keys + step * d), rows + 4 * d, 4 * width)
-    store_rows(rows + 4 * (3 * ROWS * width + GROUP * group), 4 * TILE, sums)
-
-
-@inner
-def share_out(rows, width, count, scale):
-    """Scores of a tile to shares: exponentials relative to the greatest score so far."""
-    numbers = numbers_of(rows, width)
-    maxima, sums, factors, greater = numbers, numbers + 64, numbers + 128, numbers + 192
-    shares = rows + 12 * ROWS * width
-    for r in range(ROWS):
-        greatest = splat(f32x16, LOWEST)
-        for p in range(0, count, 16):
-            at = shares + 4 * (TILE * r + p)
-            score = first_lanes(load(f32x16, at) * scale, count - p, LOWEST)
-            store(at, score)
-            greatest = maximum(greatest, score)
-        store_f32(greater + 4 * r, lane_maximum(greatest))
-    before = load(f32x16, maxima)
-    now = maximum(load(f32x16, greater), before)
-    store(maxima, now)
-    store(factors, exponential(before - now))
-    for r in range(ROWS):
-        top, total = load_f32(maxima + 4 * r), zero(f32x16)
-        for p in range(0, count, 16):
-            at = shares + 4 * (TILE * r + p)
-            share = exponential(load(f32x16, at) - splat(f32x16, top))
-            store(at, share)
-            total = total + share
-        factor = load_f32(factors + 4 * r)
-        store_f32(sums + 4 * r, fma(load_f32(sums + 4 * r), factor, lane_sum(total)))
-
-
-@inner
-def add_values(layout, rows, width, c, count, values, other, step, ahead):
-    """Outputs of dimensions c .. c + 31: times the factors, plus shares times values.
-
-    Values of the first 16 dimensions and of the `other` ones lie `step` bytes apart per position.
-    """
-    outputs = rows + 4 * (ROWS * width + c)
-    shares, factors = rows + 12 * ROWS * width, numbers_of(rows, width) + 128
-    low = scale_rows(load_rows(outputs, 4 * width), factors, 4)
-    if c + 16 < width:
-        high = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
-        for p in range(count):
-            prefetch(values + step * p + ahead)
-            prefetch(other + step * p + ahead)
-            low = fma_rows(low, sixteen(layout, values + step * p), shares + 4 * p, 4 * TILE)
-            high = fma_rows(high, sixteen(layout, other + step * p), shares + 4 * p, 4 * TILE)
-        store_rows(outputs + 64, 4 * width, high)
-    else:
-        for p in range(count):
-            low = fma_rows(low, sixteen(layout, values + step * p), shares + 4 * p, 4 * TILE)
-    store_rows(outputs, 4 * width, low)
-
-
-@inner
-def expand(source, count, target):
-    """`count` halves, a multiple of 16, to floats."""
-    for i in range(0, count, 16):
-        store(target + 4 * i, load_halves(source + 2 * i))
 
 
 @inner
@@ -318,61 +189,12 @@ def merge_row(first, width, top, total, output, merged_top, merged_total, merged
         store(merged + 4 * c, fma(load(f32x16, output + 4 * c), added, old))
 
 
-@inner
-def attend_tile(panel, sets, per_token, first, count, start, chunk, size, tile, scale):
-    """One tile for the tokens whose chunk it is in; first + 1 positions concern the first token."""
-    width = (size + 15) // 16 * 16
-    set_bytes, row_bytes = 4 * (ROWS * (3 * width + TILE) + 96), 2 * width
-    many = count > 1
-    longest = 0
-    for t in range(count):
-        longest = max(longest, tile_positions(first + t, chunk, start))
-    for group in range((longest + GROUP - 1) // GROUP):
-        keys = tile + group * GROUP * row_bytes
-        if many:
-            expand(keys, GROUP * size, panel)
-        for t in range(count):
-            if tile_positions(first + t, chunk, start) > GROUP * group:
-                for i in range(per_token):
-                    rows = sets + (t * per_token + i) * set_bytes
-                    if many:
-                        score_group(F32, rows, width, size, panel, 4 * GROUP, group, 0)
-                    else:
-                        ahead = 2 * TILE * row_bytes
-                        score_group(F16, rows, width, size, keys, 2 * GROUP, group, ahead)
-    for t in range(count):
-        positions = tile_positions(first + t, chunk, start)
-        if positions > 0:
-            for i in range(per_token):
-                share_out(sets + (t * per_token + i) * set_bytes, width, positions, scale)
-    for c in range(0, width, 32):
-        values = tile + TILE * row_bytes + 2 * TILE * c
-        if many:
-            expand(values, TILE * min(32, width - c), panel)
-        for t in range(count):
-            positions = tile_positions(first + t, chunk, start)
-            if positions > 0:
-                for i in range(per_token):
-                    rows = sets + (t * per_token + i) * set_bytes
-                    if many:
-                        other = panel + 64 * TILE
-                        add_values(F32, rows, width, c, positions, panel, other, 64, 0)
-                    else:
-                        other, ahead = values + 32 * TILE, 2 * TILE * row_bytes
-                        add_values(F16, rows, width, c, positions, values, other, 32, ahead)
+
+
 
 
 @inner
-def tile_positions(position, chunk, start):
-    """How many positions from `start` on, a tile's, the token at `position` has in a chunk."""
-    length = chunk_length(position + 1)
-    if start // length != chunk:
-        return 0
-    return max(0, min(TILE, position + 1 - start))
-
-
-@operation
-def attend(op, step, task, scratch):
+def attend_block(kind, op, step, task, scratch):
     """Attention of a block of tokens and the heads of a KV head, or of one chunk of a few tokens.
 
     (q, bytes, heads, kv heads, size, out, bytes, index of the layer among the attention layers,
@@ -382,14 +204,12 @@ def attend(op, step, task, scratch):
     q, q_bytes, heads, kv_heads = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
     size, out, out_bytes = argument(op, 4), argument(op, 5), argument(op, 6)
     partials = argument(op, 8)
-    width = (size + 15) // 16 * 16
-    context, row_bytes = word(step, CONTEXT), 2 * width
-    cache = word(step, CACHE) + argument(op, 7) * 2 * kv_heads * context * row_bytes
+    layer, width = argument(op, 7), (size + 31) // 32 * 32
     scale = np.float32(1.0) / np.float32(math.sqrt(np.float32(size)))
     ratio, own, index = heads // kv_heads, task % kv_heads, task // kv_heads
     per_token = (ratio + ROWS - 1) // ROWS
-    set_bytes = 4 * (ROWS * (3 * width + TILE) + 96)
-    panel, sets = scratch, scratch + 4 * (PANEL_DIMENSIONS * TILE + GROUP * width)
+    item = bytes_of_set(width)
+    panel, sets = scratch, scratch + 4 * max(2 * GROUP * width, 32 * TILE)
     few = word(step, COUNT) <= BLOCK
     block = 0 if few else index * BLOCK
     count = min(BLOCK, word(step, COUNT) - block)
@@ -397,8 +217,8 @@ def attend(op, step, task, scratch):
     for t in range(count):
         for i in range(per_token):
             x = q + (block + t) * q_bytes + 8 * size * (own * ratio + i * ROWS)
-            rows = sets + (t * per_token + i) * set_bytes
-            take_queries(rows, width, x, size, min(ROWS, ratio - i * ROWS))
+            rows = sets + (t * per_token + i) * item
+            take_queries(kind, rows, width, x, size, min(ROWS, ratio - i * ROWS))
     for chunk in range(index if few else 0, index + 1 if few else PARTS):
         start, end = chunk * chunk_length(first + 1), 0
         for t in range(count):
@@ -408,16 +228,16 @@ def attend(op, step, task, scratch):
         if start >= end:
             continue
         for i in range(count * per_token):
-            begin_chunk(sets + i * set_bytes, width)
+            begin_chunk(sets + i * item, width)
         for at in range(start, end, TILE):
-            tile = tile_at(cache, context, own, at, row_bytes)
-            attend_tile(panel, sets, per_token, first, count, at, chunk, size, tile, scale)
+            tile = tile_at(kind, step, layer, kv_heads, own, at, width)
+            attend_tile(kind, panel, sets, per_token, first, count, at, chunk, size, tile, scale)
         for t in range(count):
             positions = first + t + 1
             if chunk * chunk_length(positions) >= positions:
                 continue
             for h in range(ratio):
-                rows, r = sets + (t * per_token + h // ROWS) * set_bytes, h % ROWS
+                rows, r = sets + (t * per_token + h // ROWS) * item, h % ROWS
                 numbers = numbers_of(rows, width) + 4 * r
                 top, total = load_f32(numbers), load_f32(numbers + 64)
                 output = rows + 4 * width * (ROWS + r)
@@ -431,7 +251,7 @@ def attend(op, step, task, scratch):
     if not few:
         for t in range(count):
             for h in range(ratio):
-                rows, r = sets + (t * per_token + h // ROWS) * set_bytes, h % ROWS
+                rows, r = sets + (t * per_token + h // ROWS) * item, h % ROWS
                 total = load_f32(numbers_of(rows, width) + 320 + 4 * r)
                 merged = rows + 4 * width * (2 * ROWS + r)
                 target = out + (block + t) * out_bytes + 4 * size * (own * ratio + h)
@@ -455,7 +275,7 @@ def attention_output(op, step, t, scratch):
     out, out_bytes, partials = argument(op, 4), argument(op, 5), argument(op, 6)
     per_256, per_256_bytes = argument(op, 7), argument(op, 8)
     per_32, per_32_bytes = argument(op, 9), argument(op, 10)
-    width, row = (size + 15) // 16 * 16, out + t * out_bytes
+    width, row = (size + 31) // 32 * 32, out + t * out_bytes
     positions = word(step, POSITION) + t + 1
     length = chunk_length(positions)
     for head in range(heads):
@@ -476,3 +296,43 @@ def attention_output(op, step, t, scratch):
     at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
     at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
     quantize_row(row, heads * size, at_256, at_32)
+
+
+@operation
+def attention_inputs_f16(op, step, task, scratch):
+    keep_inputs(F16, op, step, task)
+
+
+@operation
+def attention_inputs_q8_0(op, step, task, scratch):
+    keep_inputs(Q8_0, op, step, task)
+
+
+@operation
+def attend_f16(op, step, task, scratch):
+    attend_block(F16, op, step, task, scratch)
+
+
+@operation
+def attend_q8_0(op, step, task, scratch):
+    attend_block(Q8_0, op, step, task, scratch)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A kind of cache: its kernels, arguments as in `keep_inputs` and `attend_block`."""
+
+    inputs: CompiledFunction
+    attend: CompiledFunction
+    tile_bytes: Callable[[Any, int], int]
+
+    def bytes(self, kv_heads: int, size: int, context: int) -> int:
+        """Bytes of one layer's keys and values; context is a multiple of TILE."""
+        return kv_heads * context // TILE * self.tile_bytes(None, head_width(size))
+
+
+CACHES = {
+    "f16": Cache(attention_inputs_f16, attend_f16, cache_f16.tile_bytes),
+    "q8_0": Cache(attention_inputs_q8_0, attend_q8_0, cache_q8_0.tile_bytes),
+}
+"""Kinds of cache by name."""

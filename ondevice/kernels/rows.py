@@ -14,18 +14,34 @@ from numba.extending import intrinsic
 from ondevice.kernels.simd import (
     F32,
     FEATURES,
+    I8,
+    I16,
+    I32,
     I64,
+    X86,
     broadcast,
     call,
     constant,
     f32x16,
+    i8x64,
+    i32x16,
+    join,
     llvm_type,
     load_from,
+    part,
+    shuffle_lanes,
     store_to,
 )
 
 ROWS = 8 if "avx512f" in FEATURES else 4
-ROWS_TYPE = types.UniTuple(f32x16, ROWS)
+ROWS_TYPE, DOTS_TYPE = types.UniTuple(f32x16, ROWS), types.UniTuple(i32x16, ROWS)
+
+_VNNI = 512 if {"avx512vnni", "avx512bw"} <= FEATURES else 0
+if not _VNNI and ("avxvnni" in FEATURES or {"avx512vnni", "avx512vl"} <= FEATURES):
+    _VNNI = 256
+_AVX2, _SDOT = X86 and "avx2" in FEATURES, not X86 and "dotprod" in FEATURES
+SHARES = 255 if _VNNI else 127
+"""The greatest share: two of its products with bytes must fit what this machine adds them up in."""
 
 
 def _at(builder: ir.IRBuilder, address: Any, stride: Any, row: int) -> Any:
@@ -103,3 +119,144 @@ def scale_rows(typing: Any, rows: Any, address: Any, stride: Any) -> Any:
         return result
 
     return ROWS_TYPE(ROWS_TYPE, types.int64, types.int64), lower
+
+
+# ---- integers ----
+
+
+def _dot_unsigned(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total + the four products of each dword of u8 (0 .. SHARES) and of i8."""
+    if _VNNI:
+        name = f"llvm.x86.avx512.vpdpbusd.{_VNNI}"
+        return call(builder, name, total.type, [total, unsigned, signed])
+    if _AVX2:
+        kind = ir.VectorType(I16, 16)
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [unsigned, signed])
+        ones = broadcast(builder, constant(I16, 1), 16)
+        fours = call(builder, "llvm.x86.avx2.pmadd.wd", total.type, [pairs, ones])
+        return builder.add(total, fours)
+    return _dot_plain(builder, total, unsigned, signed)
+
+
+def _dot_plain(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    """total (i32x4) + the four products of each dword of two i8x16."""
+    if _SDOT:
+        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, [total, a, b])
+    wide = ir.VectorType(I32, 16)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    for i in range(4):
+        total = builder.add(total, shuffle_lanes(builder, products, products, range(i, 16, 4)))
+    return total
+
+
+def _dot_signed(builder: ir.IRBuilder, total: Any, x: Any, codes: Any) -> Any:
+    """total + the four products of each dword of two i8; with VNNI, x has 128 added."""
+    if _VNNI:
+        return _dot_unsigned(builder, total, x, codes)
+    if _AVX2:
+        magnitude = call(builder, "llvm.abs.v32i8", x.type, [x, constant(ir.IntType(1), 0)])
+        signed = call(builder, "llvm.x86.avx2.psign.b", x.type, [codes, x])
+        return _dot_unsigned(builder, total, magnitude, signed)
+    return _dot_plain(builder, total, x, codes)
+
+
+def _in_registers(builder: ir.IRBuilder, dot: Any, operands: list[Any]) -> Any:
+    """Apply a dot product to as many lanes at a time as its instruction has."""
+    bits = _VNNI or (256 if _AVX2 else 128)
+    pieces = 512 // bits
+    results = []
+    for i in range(pieces):
+        counts = [x.type.count // pieces for x in operands]
+        parts = [part(builder, x, i * n, n) for x, n in zip(operands, counts, strict=True)]
+        results.append(dot(builder, *parts))
+    return join(builder, results)
+
+
+def _dots(dot: Any, biased: bool) -> Any:
+    @intrinsic
+    def dot_of_rows(typing: Any, dots: Any, x: Any, address: Any, stride: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            result, x = args[0], args[1]
+            if biased:
+                x = builder.xor(x, broadcast(builder, constant(I8, 128), 64))
+            for row in range(ROWS):
+                four = load_from(builder, _at(builder, args[2], args[3], row), I32)
+                codes = builder.bitcast(broadcast(builder, four, 16), llvm_type(i8x64))
+                total = builder.extract_value(args[0], row)
+                operands = [total, x, codes] if dot is _dot_signed else [total, codes, x]
+                total = _in_registers(builder, dot, operands)
+                result = builder.insert_value(result, total, row)
+            return result
+
+        return DOTS_TYPE(DOTS_TYPE, i8x64, types.int64, types.int64), lower
+
+    return dot_of_rows
+
+
+dot_rows = _dots(_dot_signed, bool(_VNNI))
+"""Each row's dots (from `begin_dots`) + the products of each dword of x with the row's four i8."""
+share_rows = _dots(_dot_unsigned, False)
+"""Each row's dots + the products of each dword of x (i8) with the row's four u8, up to SHARES."""
+
+
+@intrinsic
+def zero_dots(typing: Any) -> Any:
+    """Rows of integer zeros."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(DOTS_TYPE), None)
+
+    return DOTS_TYPE(), lower
+
+
+@intrinsic
+def begin_dots(typing: Any, address: Any, stride: Any) -> Any:
+    """What `dot_rows` starts from, given the sums of each row's codes, int32 `stride` apart."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = constant(context.get_value_type(DOTS_TYPE), None)
+        if _VNNI:
+            for row in range(ROWS):
+                total = load_from(builder, _at(builder, *args, row), I32)
+                start = broadcast(builder, builder.mul(total, constant(I32, -128)), 16)
+                result = builder.insert_value(result, start, row)
+        return result
+
+    return DOTS_TYPE(types.int64, types.int64), lower
+
+
+@intrinsic
+def fma_dots(typing: Any, rows: Any, dots: Any, address: Any, stride: Any) -> Any:
+    """Each row + its dots times its number."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result, kind = args[0], llvm_type(f32x16)
+        for row in range(ROWS):
+            number = _number(builder, _at(builder, args[2], args[3], row))
+            values = builder.sitofp(builder.extract_value(args[1], row), kind)
+            operands = [values, number, builder.extract_value(args[0], row)]
+            total = call(builder, "llvm.fma.v16f32", kind, operands)
+            result = builder.insert_value(result, total, row)
+        return result
+
+    return ROWS_TYPE(ROWS_TYPE, DOTS_TYPE, types.int64, types.int64), lower
+
+
+@intrinsic
+def fma_scaled_dots(
+    typing: Any, rows: Any, dots: Any, scale: Any, address: Any, stride: Any
+) -> Any:
+    """Each row + its dots times (scale, a vector, times its number)."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result, kind = args[0], llvm_type(f32x16)
+        for row in range(ROWS):
+            number = _number(builder, _at(builder, args[3], args[4], row))
+            values = builder.sitofp(builder.extract_value(args[1], row), kind)
+            factor = builder.fmul(args[2], number)
+            operands = [values, factor, builder.extract_value(args[0], row)]
+            total = call(builder, "llvm.fma.v16f32", kind, operands)
+            result = builder.insert_value(result, total, row)
+        return result
+
+    return ROWS_TYPE(ROWS_TYPE, DOTS_TYPE, f32x16, types.int64, types.int64), lower

@@ -358,6 +358,7 @@ store_f32 = _scalar_store(types.float32, lambda b, x: x)
 store_f16 = _scalar_store(types.float32, float_to_half)
 store_i64 = _scalar_store(types.int64, lambda b, x: x)
 store_i32 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I32))
+store_i8 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I8))
 store_i16 = _scalar_store(types.int64, lambda b, x: b.trunc(x, I16))
 
 
