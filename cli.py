@@ -61,7 +61,15 @@ memory_option = click.option(
 context_option = click.option(
     "-c", "--ctx-size", "context", type=click.IntRange(min=1), help="Most tokens to remember."
 )
-running_options = options(threads_option, context_option, memory_option)
+kv_option = click.option(
+    "--kv-type",
+    "kv",
+    type=click.Choice(["f16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="How keys and values are kept; q8_0 takes half the memory.",
+)
+running_options = options(threads_option, context_option, memory_option, kv_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
     click.option("--top-k", type=int, help="Choose among this many tokens; 0 means all."),
@@ -260,6 +268,7 @@ def generate(
     threads: int | None,
     context: int | None,
     memory: int | None,
+    kv: str,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -267,7 +276,7 @@ def generate(
     if mtp == "on":
         raise UsageError("--mtp on: this version does not guess tokens ahead yet; use auto or off")
     text = one_prompt(prompt, file)
-    with load(model, threads=threads, context=context, memory=memory) as loaded:
+    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
         if raw:
             ids = loaded.tokenize(text)
             if loaded.tokenizer.add_bos and loaded.tokenizer.bos is not None:
@@ -322,10 +331,11 @@ def chat(
     threads: int | None,
     context: int | None,
     memory: int | None,
+    kv: str,
     **sampling: Any,
 ) -> None:
     """Talk with the model. Piped in, each line is a message and only the answers are printed."""
-    with load(model, threads=threads, context=context, memory=memory) as loaded:
+    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
         from ondevice import terminal
 
         session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))
@@ -370,6 +380,7 @@ def chat(
 @click.option("--profile", is_flag=True, help="Show where the time goes, operation by operation.")
 @threads_option
 @memory_option
+@kv_option
 @as_json
 def bench(
     model: str,
@@ -380,10 +391,12 @@ def bench(
     profile: bool,
     threads: int | None,
     memory: int | None,
+    kv: str,
     as_json: bool,
 ) -> None:
     """Measure reading and writing speed, and how near the machine's limits they come."""
-    with load(model, threads=threads, context=depth + prompt + generate, memory=memory) as loaded:
+    context = depth + prompt + generate
+    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
         from ondevice import bench as benchmark
 
         result = benchmark.run(loaded, prompt, generate, depth, repeat, profile)
@@ -407,6 +420,7 @@ def bench(
 @click.option("--reference", metavar="REF.gguf", help="Compare with this model's probabilities.")
 @threads_option
 @memory_option
+@kv_option
 @as_json
 def perplexity(
     model: str,
@@ -415,6 +429,7 @@ def perplexity(
     reference: str | None,
     threads: int | None,
     memory: int | None,
+    kv: str,
     as_json: bool,
 ) -> None:
     """Measure how well the model predicts the file TEXT; lower is better."""
@@ -423,7 +438,7 @@ def perplexity(
 
     with contextlib.ExitStack() as stack:
         settings = {"threads": threads, "context": context, "memory": memory}
-        loaded = stack.enter_context(load(model, **settings))
+        loaded = stack.enter_context(load(model, kv=kv, **settings))
         other = stack.enter_context(load(reference, **settings)) if reference else None
         result = measure(loaded, content, context, reference=other, progress=window_progress)
     if as_json:

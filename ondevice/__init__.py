@@ -30,6 +30,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     memory: int | None = None,
+    kv: str = "f16",
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
     """Open a GGUF file, or the bundled model by the name "demo".
@@ -37,6 +38,7 @@ def load(
     threads: of computation, all available cores by default.
     context: tokens of prompt and answer together, the model's own up to 32,768 by default.
     memory: bytes that the model may take; less than it needs is refused.
+    kv: how keys and values are kept, "f16" or "q8_0", which takes half the memory.
     progress: called with (done, needed) while kernels are compiled, once on every machine.
     Raises Error, with one line that names what is wrong with the file or the options.
     """
@@ -46,7 +48,7 @@ def load(
         from ondevice.demo import gguf_path
 
         path = gguf_path(progress)
-    return Model(Path(path), threads, context, memory, progress)
+    return Model(Path(path), threads, context, memory, kv, progress)
 
 
 def __getattr__(name: str) -> Any:

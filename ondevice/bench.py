@@ -54,7 +54,7 @@ class Runner:
         self._prompt, self._generate = prompt, generate
         tokens = np.random.default_rng(0).integers(0, model.config.vocabulary, depth + prompt)
         self._tokens = tokens.astype(np.int32)
-        self._state = State(model.config, model.context)
+        self._state = State(model.config, model.context, model.kv)
         self._step = model.step(self._state)
         self._first = np.zeros(1, np.int32)
         self._history = np.zeros(generate + 2, np.int32)
@@ -159,7 +159,7 @@ class Measurement:
         description = describe(model.path)
         weights = int(description["bytes_per_token"])
         state = 2 * memory_bytes(model.config)
-        cache = cache_bytes(model.config, depth + prompt + generate // 2)
+        cache = cache_bytes(model.config, depth + prompt + generate // 2, model.kv)
         bandwidth = statistics.median(self._bandwidths)
         peak = statistics.median(self._peaks)
         limit = bandwidth / (weights + state + cache)

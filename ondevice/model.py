@@ -22,6 +22,7 @@ from ondevice.chat import Template
 from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import expand, layout, sample
+from ondevice.kernels.attention import CACHES
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
 from ondevice.layers.attention import attention, positions
@@ -58,11 +59,13 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         memory: int | None = None,
+        kv: str = "f16",
         progress: Report | None = None,
     ) -> None:
         started = time.perf_counter()
         self.path = path
         self._closed = False
+        self.kv = _cache_type(kv)
         self._file = GGUFFile.open(path)
         try:
             self.config = Config.from_gguf(self._file)
@@ -82,7 +85,8 @@ class Model:
                 waiting = time.perf_counter()
             self.compile_seconds += time.perf_counter() - waiting
             own = sum(program.nbytes for program in self._programs) + self._scratch.nbytes
-            _check_memory(memory, self._file.nbytes + own, self.config, self.context)
+            cache = cache_bytes(self.config, self.context, self.kv)
+            _check_memory(memory, self._file.nbytes + own, cache, self.config, self.context)
             self._team = Team(threads)
             self._pace = Pace(threads)
         except BaseException:
@@ -114,7 +118,7 @@ class Model:
                 mixed = deltanet(program, config, weights, layer, x, place)
                 place += memory_bytes(config)
             else:
-                mixed = attention(program, config, weights, layer, x, batch, index)
+                mixed = attention(program, config, weights, layer, x, batch, index, self.kv)
                 index += 1
             moe(program, config, weights, layer, x, mixed)
         self._prefill = program.take()
@@ -255,7 +259,7 @@ class Model:
         self.check_room(len(ids))
         vocabulary = self.config.vocabulary
         result = np.empty((len(ids), vocabulary), np.float32)
-        state = State(self.config, max(1, len(ids)))
+        state = State(self.config, max(1, len(ids)), self.kv)
         step = self.step(state)
         row = self._logits.row_bytes // 4
         for start in range(0, len(ids), batch):
@@ -294,7 +298,7 @@ class Model:
 
         sampling = with_options(self.sampling, options)
         return Completion(
-            self, State(self.config, self.context), tokens, sampling, max_tokens
+            self, State(self.config, self.context, self.kv), tokens, sampling, max_tokens
         ).ids()
 
     def complete(
@@ -303,7 +307,7 @@ class Model:
         """Continue a prompt: an iterator over pieces of text that knows its tokens and timings."""
         from ondevice.generate import Completion
 
-        state = State(self.config, self.context)
+        state = State(self.config, self.context, self.kv)
         return Completion(self, state, tokens, sampling or self.sampling, max_tokens)
 
     def session(self, system: str | None = None, sampling: Sampling | None = None) -> "Session":
@@ -344,6 +348,13 @@ def _threads(wanted: int | None) -> int:
     return wanted
 
 
+def _cache_type(name: str) -> str:
+    """How keys and values are kept."""
+    if name not in CACHES:
+        raise UsageError(f"kv is {name!r}; it must be one of {', '.join(CACHES)}")
+    return name
+
+
 def _recommended(path: Path, metadata: dict[str, Any]) -> Sampling:
     """The file's sampling defaults; Error if they are out of range."""
     try:
@@ -362,10 +373,10 @@ def _context(wanted: int | None, config: Config) -> int:
     return wanted
 
 
-def _check_memory(memory: int | None, fixed: int, config: Config, context: int) -> None:
+def _check_memory(memory: int | None, fixed: int, cache: int, config: Config, context: int) -> None:
     if memory is not None and not isinstance(memory, int):
         raise UsageError(f"memory is {memory!r}; it must be a whole number of bytes")
-    needed = fixed + state_bytes(config) + cache_bytes(config, context)
+    needed = fixed + state_bytes(config) + cache
     if memory is not None and memory < needed:
         raise ResourceError(
             f"a memory budget of {memory:,} bytes is below the {needed:,} that this model takes "

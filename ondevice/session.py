@@ -27,7 +27,7 @@ class Session:
         self.sampling = sampling or model.sampling
         self.last: Completion | None = None
         """The latest answer, running or done."""
-        self._state = State(model.config, model.context)
+        self._state = State(model.config, model.context, model.kv)
         self._messages: list[dict[str, str]] = []
         self._system = system
         self._rendered: list[int] = []  # the latest prompt as the template gives it

@@ -1,7 +1,7 @@
 """What a model remembers between tokens: the only thing that changes while it runs.
 
     memory    per DeltaNet layer, the convolution's window and the delta memory, all f32
-    cache     per attention layer, keys and values in half floats (layout: kernels/attention.py)
+    cache     per attention layer, keys and values (layout: kernels/cache.py)
     position  tokens taken in so far
 
 The cache is reserved for the whole context and costs real memory only as positions fill it. The
@@ -12,7 +12,8 @@ while keys and values beyond a restored position are simply overwritten.
 from dataclasses import dataclass
 
 from ondevice.config import Config
-from ondevice.kernels import attention
+from ondevice.kernels.attention import CACHES
+from ondevice.kernels.cache import TILE
 from ondevice.layers import deltanet
 from ondevice.program import zeros
 from quant.errors import ResourceError
@@ -28,15 +29,15 @@ class Snapshot:
 
 
 class State:
-    """A sequence's memory, with room for `context` tokens."""
+    """A sequence's memory, with room for `context` tokens; kv: how keys and values are kept."""
 
-    def __init__(self, config: Config, context: int) -> None:
-        self.capacity = -(-context // attention.TILE) * attention.TILE
+    def __init__(self, config: Config, context: int, kv: str = "f16") -> None:
+        self.capacity = -(-context // TILE) * TILE
         try:
             self.memory = zeros(memory_bytes(config))
-            self.cache = zeros(cache_bytes(config, self.capacity))
+            self.cache = zeros(cache_bytes(config, self.capacity, kv))
         except MemoryError:
-            needed = memory_bytes(config) + cache_bytes(config, self.capacity)
+            needed = memory_bytes(config) + cache_bytes(config, self.capacity, kv)
             raise ResourceError(
                 f"no memory for a context of {context} tokens, which takes {needed:,} bytes; "
                 "choose a smaller one"
@@ -63,7 +64,7 @@ def memory_bytes(config: Config) -> int:
     return sum(config.recurrent) * deltanet.memory_bytes(config)
 
 
-def cache_bytes(config: Config, context: int) -> int:
+def cache_bytes(config: Config, context: int, kv: str = "f16") -> int:
     """Bytes of all attention layers' keys and values."""
     layers = config.layers - sum(config.recurrent)
-    return layers * attention.cache_bytes(config.kv_heads, config.head_dim, context)
+    return layers * CACHES[kv].bytes(config.kv_heads, config.head_dim, context)

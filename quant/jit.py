@@ -21,7 +21,7 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba import _dynfunc
+from numba import _dynfunc  # type: ignore[attr-defined]
 from numba.core import sigutils
 from numba.core.caching import NullCache
 from numba.core.compiler import Compiler, CompileResult

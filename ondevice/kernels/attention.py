@@ -99,8 +99,6 @@ def rotations(op, step, t, scratch):
         store_f32(row + 4 * (pairs + i), np.float32(math.sin(angle)))
 
 
-
-
 @inner
 def attend_parts(step):
     """Tasks of `attend` for each KV head: chunks of a few tokens, or blocks of more."""
@@ -122,8 +120,6 @@ def rotate(x, pairs, row):
         a, b = load_some(low, left), load_some(high, left)
         store_some(low, a * cosine - b * sine, left)
         store_some(high, b * cosine + a * sine, left)
-
-
 
 
 @inner
@@ -187,10 +183,6 @@ def merge_row(first, width, top, total, output, merged_top, merged_total, merged
     for c in range(0, width, 16):
         old = load(f32x16, merged + 4 * c) * kept
         store(merged + 4 * c, fma(load(f32x16, output + 4 * c), added, old))
-
-
-
-
 
 
 @inner

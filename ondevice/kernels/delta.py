@@ -6,10 +6,10 @@ Networks", equation 10).
     g = exp(a * softplus(alpha + dt)),  beta = sigmoid(b)             per value head
     d = beta * (v - g S'k),  o = g S'q + d (k.q),  S = g S + k d'     S: (size, size) per value head
 
-Reading S once gives both S'k and S'q; the update needs it once more, from the first-level cache:
-the memory of a head lies in column blocks of 16, each (size, 16) f32 and contiguous. Tokens are
-taken one after the other in the same expressions whatever the batch, so prefill and decoding
-agree bit for bit. Value head h reads key head h // (value heads / key heads).
+The memory of a head lies in column blocks of 16, each (size, 16) f32 and contiguous: a block stays
+in the first-level cache. Reading S gives both S'k and S'q, and each later token of a batch takes
+both from the rows as the token before it has moved them on. Tokens are taken one after the other
+in the same expressions whatever the batch, so prefill and decoding agree bit for bit. Value head h reads key head h // (value heads / key heads).
 """
 
 import math
@@ -26,6 +26,7 @@ from ondevice.kernels.simd import (
     load,
     load_f32,
     load_some,
+    prefetch,
     store,
     store_f32,
     store_some,
@@ -119,6 +120,51 @@ def delta_inputs(op, step, task, scratch):
         store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
 
 
+@inner
+def read_out(s, size, k, q):
+    """S'k and S'q of a column block."""
+    key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
+    for i in range(0, size - 1, 2):
+        even, odd = load(f32x16, s + 64 * i), load(f32x16, s + 64 * i + 64)
+        key0 = fma(even, load_f32(k + 4 * i), key0)
+        query0 = fma(even, load_f32(q + 4 * i), query0)
+        key1 = fma(odd, load_f32(k + 4 * i + 4), key1)
+        query1 = fma(odd, load_f32(q + 4 * i + 4), query1)
+    if size % 2 == 1:
+        last = load(f32x16, s + 64 * (size - 1))
+        key0 = fma(last, load_f32(k + 4 * (size - 1)), key0)
+        query0 = fma(last, load_f32(q + 4 * (size - 1)), query0)
+    return key0 + key1, query0 + query1
+
+
+@inner
+def moved(s, i, k, d, g):
+    """Row i of S, moved on and stored."""
+    row = fma(d, load_f32(k + 4 * i), load(f32x16, s + 64 * i) * g)
+    store(s + 64 * i, row)
+    return row
+
+
+@inner
+def move_and_read_out(s, size, k, d, g, next_k, next_q, after):
+    """S moved on, and `read_out` of it for the next token, whose row lies `after` bytes later."""
+    key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
+    for i in range(0, size - 1, 2):
+        prefetch(next_k + 4 * i + after)
+        prefetch(next_q + 4 * i + after)
+        even = moved(s, i, k, d, g)
+        key0 = fma(even, load_f32(next_k + 4 * i), key0)
+        query0 = fma(even, load_f32(next_q + 4 * i), query0)
+        odd = moved(s, i + 1, k, d, g)
+        key1 = fma(odd, load_f32(next_k + 4 * i + 4), key1)
+        query1 = fma(odd, load_f32(next_q + 4 * i + 4), query1)
+    if size % 2 == 1:
+        last = moved(s, size - 1, k, d, g)
+        key0 = fma(last, load_f32(next_k + 4 * (size - 1)), key0)
+        query0 = fma(last, load_f32(next_q + 4 * (size - 1)), query0)
+    return key0 + key1, query0 + query1
+
+
 @operation
 def delta_rule(op, step, task, scratch):
     """o for every token, and S moved on; a task is one column block of one head.
@@ -134,30 +180,25 @@ def delta_rule(op, step, task, scratch):
     head, block = task // blocks, task % blocks
     s = memory + 64 * size * task
     left = size - 16 * block
+    q = qkv + 4 * size * (head // ratio)
+    k = q + 4 * size * key_heads
+    v = qkv + 4 * size * (2 * key_heads + head) + 64 * block
+    target = out + 4 * size * head + 64 * block
+    key, query = read_out(s, size, k, q)
     for t in range(count):
-        row = qkv + t * qkv_bytes
-        q = row + 4 * size * (head // ratio)
-        k = q + 4 * size * key_heads
-        value = load_some(row + 4 * size * (2 * key_heads + head) + 64 * block, left)
         g = load_f32(decay + 4 * (t * value_heads + head))
         b = load_f32(beta + 4 * (t * value_heads + head))
-        key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
-        for i in range(0, size - 1, 2):
-            even, odd = load(f32x16, s + 64 * i), load(f32x16, s + 64 * i + 64)
-            key0 = fma(even, load_f32(k + 4 * i), key0)
-            query0 = fma(even, load_f32(q + 4 * i), query0)
-            key1 = fma(odd, load_f32(k + 4 * i + 4), key1)
-            query1 = fma(odd, load_f32(q + 4 * i + 4), query1)
-        if size % 2 == 1:
-            last = load(f32x16, s + 64 * (size - 1))
-            key0 = fma(last, load_f32(k + 4 * (size - 1)), key0)
-            query0 = fma(last, load_f32(q + 4 * (size - 1)), query0)
-        d = (value - (key0 + key1) * g) * b
+        d = (load_some(v, left) - key * g) * b
         overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
-        target = out + t * out_bytes + 4 * size * head + 64 * block
-        store_some(target, fma(d, overlap, (query0 + query1) * g), left)
-        for i in range(size):
-            store(s + 64 * i, fma(d, load_f32(k + 4 * i), load(f32x16, s + 64 * i) * g))
+        store_some(target, fma(d, overlap, query * g), left)
+        if t + 1 < count:
+            next_k, next_q = k + qkv_bytes, q + qkv_bytes
+            key, query = move_and_read_out(s, size, k, d, g, next_k, next_q, qkv_bytes)
+            k, q, v, target = next_k, next_q, v + qkv_bytes, target + out_bytes
+            prefetch(v + qkv_bytes)
+        else:
+            for i in range(size):
+                moved(s, i, k, d, g)
 
 
 def memory_bytes(value_heads: int, size: int) -> int:

@@ -24,15 +24,19 @@ from ondevice.kernels.simd import (
     f32x16,
     fma,
     lane_maximum,
+    lane_sum,
+    load,
     load_f32,
     load_i32,
     load_i64,
     load_some,
+    maximum,
     splat,
     store_f32,
     store_i32,
     store_i64,
     store_some,
+    zero,
 )
 from quant.jit import inner
 
@@ -52,16 +56,20 @@ def route(op, step, t, scratch):
     lowest = np.float32(-np.inf)
     row = logits + t * logits_bytes
     numbers, shares = chosen + 4 * k * t, weights + 4 * k * t
-    spoilt = np.float32(0)  # not 0 where a logit is not finite
-    for expert in range(experts):
-        spoilt = fma(load_f32(row + 4 * expert), np.float32(0), spoilt)
-    total, top = spoilt, np.float32(0)
+    spoilt = zero(f32x16)  # not 0 where a logit is not finite
+    for expert in range(0, experts, 16):
+        spoilt = fma(load_some(row + 4 * expert, experts - expert), np.float32(0), spoilt)
+    total, top = lane_sum(spoilt), np.float32(0)
     for choice in range(k):
-        best, best_logit = 0, lowest
-        for expert in range(experts):
-            logit = load_f32(row + 4 * expert)
-            if logit > best_logit:
-                best, best_logit = expert, logit
+        greatest = splat(f32x16, lowest)
+        for expert in range(0, experts - 15, 16):
+            greatest = maximum(load(f32x16, row + 4 * expert), greatest)
+        best_logit = lane_maximum(greatest)
+        for expert in range(experts // 16 * 16, experts):
+            best_logit = max(best_logit, load_f32(row + 4 * expert))
+        best = 0
+        while best < experts - 1 and load_f32(row + 4 * best) != best_logit:
+            best += 1
         store_i32(numbers + 4 * choice, best)
         store_f32(row + 4 * best, lowest)
         if choice == 0:

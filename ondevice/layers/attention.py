@@ -53,8 +53,10 @@ def attention(
     x: Buffer,
     batch: Batch,
     index: int,
+    kv: str,
 ) -> Buffer:
-    """y for every token; `index` counts the attention layers before this one."""
+    """y for every token; `index` counts the attention layers before this one, kv says how keys and
+    values are kept."""
     block = f"blk.{layer}"
     hidden, size = config.hidden, config.head_dim
     q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
@@ -69,7 +71,7 @@ def attention(
     k = program.linear(k_matrix, h, "k", then=BESIDE)
     v = program.linear(v_matrix, h, "v")
     program.add(
-        kernels.attention_inputs,
+        kernels.CACHES[kv].inputs,
         *(q.address, q.row_bytes, k.address, k.row_bytes, v.address, v.row_bytes),
         *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
         program.keep(weights.vector(f"{block}.attn_q_norm.weight", size)),
@@ -83,7 +85,7 @@ def attention(
     scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
     program.scratch_bytes = max(program.scratch_bytes, scratch)
     program.add(
-        kernels.attend,
+        kernels.CACHES[kv].attend,
         *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
         *(o.floats.address, o.floats.row_bytes, index, batch.partials),
         times=batch.tasks,

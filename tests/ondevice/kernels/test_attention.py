@@ -222,9 +222,7 @@ def test_attention(
 
 @KINDS
 @SHAPES
-def test_batches_change_no_bit(
-    heads: int, kv_heads: int, size: int, pairs: int, kind: str
-) -> None:
+def test_batches_change_no_bit(heads: int, kv_heads: int, size: int, pairs: int, kind: str) -> None:
     tokens = 131
     case = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
     whole, memory = case.run(0, tokens), case.cache.tolist()
