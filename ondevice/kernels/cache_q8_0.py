@@ -5,9 +5,9 @@
     values   (width / 16, 16, 16 dimensions, 4 positions) i8, zero beyond the head's size
     scales   (64 positions) f16                                   of a value
 
-A scale is the greatest magnitude / 127. Queries are quantized like keys; a tile's shares, each times
-its value's scale, to whole numbers up to SHARES. Integer sums are exact, so only the sums over
-blocks of 32 dimensions and over tiles have an order.
+A scale is the greatest magnitude / 127. Queries are quantized like keys; a tile's shares, each
+times its value's scale, to whole numbers up to SHARES. Integer sums are exact, so only the sums
+over blocks of 32 dimensions and over tiles have an order.
 """
 
 import numpy as np

@@ -9,7 +9,8 @@ Networks", equation 10).
 The memory of a head lies in column blocks of 16, each (size, 16) f32 and contiguous: a block stays
 in the first-level cache. Reading S gives both S'k and S'q, and each later token of a batch takes
 both from the rows as the token before it has moved them on. Tokens are taken one after the other
-in the same expressions whatever the batch, so prefill and decoding agree bit for bit. Value head h reads key head h // (value heads / key heads).
+in the same expressions whatever the batch, so prefill and decoding agree bit for bit. Value head
+h reads key head h // (value heads / key heads).
 """
 
 import math
@@ -50,10 +51,11 @@ def convolve(op, step, task, scratch):
     window = word(step, STATE) + argument(op, 7)
     count, row = word(step, COUNT), 4 * channels
     start = task * CHANNELS
-    for c in range(start, min(start + CHANNELS, channels), 16):
-        left = channels - c
-        for t in range(count):
-            total = zero(f32x16)
+    end = min(start + CHANNELS, channels)
+    for t in range(count):
+        # a task's channels of a token are neighbours in memory, the same channel's tokens are not
+        for c in range(start, end, 16):
+            left, total = channels - c, zero(f32x16)
             for j in range(size):
                 source = t + j - (size - 1)
                 if source < 0:
@@ -62,6 +64,8 @@ def convolve(op, step, task, scratch):
                     value = load_some(x + source * x_bytes + 4 * c, left)
                 total = fma(value, load_some(weights + j * row + 4 * c, left), total)
             store_some(out + t * out_bytes + 4 * c, silu(total), left)
+    for c in range(start, end, 16):
+        left = channels - c
         for j in range(size - 1):
             source = count + j - (size - 1)
             if source < 0:

@@ -70,7 +70,7 @@ def load_rows(typing: Any, address: Any, stride: Any) -> Any:
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         result = constant(context.get_value_type(ROWS_TYPE), ir.Undefined)
         for row in range(ROWS):
-            at = _at(builder, *args, row)
+            at = _at(builder, args[0], args[1], row)
             result = builder.insert_value(result, load_from(builder, at, llvm_type(f32x16)), row)
         return result
 
@@ -217,7 +217,7 @@ def begin_dots(typing: Any, address: Any, stride: Any) -> Any:
         result = constant(context.get_value_type(DOTS_TYPE), None)
         if _VNNI:
             for row in range(ROWS):
-                total = load_from(builder, _at(builder, *args, row), I32)
+                total = load_from(builder, _at(builder, args[0], args[1], row), I32)
                 start = broadcast(builder, builder.mul(total, constant(I32, -128)), 16)
                 result = builder.insert_value(result, start, row)
         return result

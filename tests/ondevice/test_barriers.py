@@ -60,7 +60,7 @@ def run_apart(program: np.ndarray, step: np.ndarray, order: str) -> None:
 
 def logits_apart(model: Model, ids: np.ndarray, batch: int, order: str) -> np.ndarray:
     """`Model.logits` with the tasks of each group in the given order."""
-    state = State(model.config, len(ids))
+    state = State(model.config, len(ids), model.kv)
     step = model.step(state)
     rows = []
     for start in range(0, len(ids), batch):
@@ -78,12 +78,12 @@ def logits_apart(model: Model, ids: np.ndarray, batch: int, order: str) -> np.nd
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_nothing_begins_before_what_it_needs(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "kv"), [("F32", "f16"), ("Q8_0", "q8_0")])
+def test_nothing_begins_before_what_it_needs(kind: str, kv: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     convert.convert(write_checkpoint(tmp_path / "hf", SHAPE), path, type=kind)
     ids = np.arange(24, dtype=np.int32) * 5 % SHAPE.vocabulary
-    with ondevice.load(path, threads=2) as model:
+    with ondevice.load(path, threads=2, kv=kv) as model:
         expected = model.logits(ids.tolist())
         for batch in (1, 5, 24):
             for order in ORDERS:

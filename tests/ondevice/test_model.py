@@ -18,6 +18,7 @@ import pytest
 import ondevice
 from ondevice.model import Model
 from ondevice.sampling import Sampling
+from ondevice.state import cache_bytes
 from quant.errors import Error, ResourceError, UsageError
 from tests.gguf_rewrite import Change, Changed, Keys, Tensors, rewrite
 
@@ -357,3 +358,24 @@ def test_a_forked_process_must_open_its_own(tiny: Model, monkeypatch: pytest.Mon
     process = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: process + 1)
     assert "forked; open it again here" in message_of(lambda: tiny.logits(PROMPT), Error)
+
+
+# ---- keys and values in bytes ----
+
+
+def test_an_unknown_kind_of_cache(tiny_path: Path) -> None:
+    message = message_of(lambda: ondevice.load(tiny_path, kv="q4_0"), UsageError)
+    assert message == "kv is 'q4_0'; it must be one of f16, q8_0"
+
+
+def test_a_cache_of_bytes(demo: Model) -> None:
+    """Close to that of half floats, half as large, and whatever the batch and threads the same."""
+    ids = demo.tokenize("It was a dark night, and the rain fell in torrents. " * 6)
+    with ondevice.load("demo", threads=1, kv="q8_0") as model:
+        logits = model.logits(ids)
+        for batch in (1, 7):
+            assert (model.logits(ids, batch=batch) == logits).all()
+    reference = demo.logits(ids)
+    assert 0 < abs(logits - reference).max() < 0.02 * abs(reference).max()
+    sizes = [cache_bytes(demo.config, 1024, kv) for kv in ("q8_0", "f16")]
+    assert sizes[0] < 0.55 * sizes[1]

@@ -2,13 +2,21 @@
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ondevice.kernels import attention, cache, rows
 from quant.format import Array
-from tests.ondevice.kernels.harness import Rows, bits, run
+from tests.ondevice.kernels.harness import (
+    MACHINES,
+    Rows,
+    bits,
+    compiled_for,
+    run,
+    run_python,
+)
 
 EPSILON = 1e-6
 CONTEXT = 3 * cache.TILE
@@ -235,7 +243,7 @@ def test_batches_change_no_bit(heads: int, kv_heads: int, size: int, pairs: int,
 
 @KINDS
 def test_chunks(kind: str) -> None:
-    """Contexts of several chunks, whose length changes at 4096 positions in the middle of a batch."""
+    """Several chunks, whose length changes at 4096 positions in the middle of a batch."""
     tokens = cache.SHORTEST * cache.PARTS + 40
     case = Case(3, 1, 24, 2, tokens, context=tokens // 64 * 64 + 64, kind=kind)
     whole = case.run(0, tokens)
@@ -285,3 +293,23 @@ def test_rotations_of_late_positions() -> None:
     for row, function in enumerate((np.cos, np.sin)):
         exact = function(angle.astype(np.float64))
         np.testing.assert_allclose(table[:, row], exact, rtol=1e-7)
+
+
+def check_here() -> None:
+    """Both kinds of cache on the machine that this process compiles for."""
+    for kind in attention.CACHES:
+        for heads, kv_heads, size in ((16, 2, 64), (3, 1, 40)):
+            case = Case(heads, kv_heads, size, 4, 70, kind=kind)
+            whole = case.run(0, 70)
+            exact, error = case.exact()
+            assert (abs(whole - exact) <= error).all(), kind
+            other = Case(heads, kv_heads, size, 4, 70, kind=kind)
+            ends = [0, 1, 9, 30, 69, 70]
+            outputs = [other.run(a, b, threads=1 + b % 3) for a, b in itertools.pairwise(ends)]
+            assert bits(np.concatenate(outputs)) == bits(whole), kind
+
+
+@pytest.mark.parametrize("cpu", MACHINES)
+def test_other_machines(cpu: str, tmp_path: Path) -> None:
+    code = f"from {__name__} import check_here; check_here(); print('checked')"
+    assert run_python(["-c", code], compiled_for(cpu, tmp_path)).strip() == "checked"
