@@ -319,8 +319,8 @@ class Cache:
     tile_bytes: Callable[[Any, int], int]
 
     def bytes(self, kv_heads: int, size: int, context: int) -> int:
-        """Bytes of one layer's keys and values; context is a multiple of TILE."""
-        return kv_heads * context // TILE * self.tile_bytes(None, head_width(size))
+        """Bytes of one layer's keys and values."""
+        return -(-kv_heads * context * self.tile_bytes(None, head_width(size)) // TILE)
 
 
 CACHES = {
