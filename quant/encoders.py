@@ -14,6 +14,8 @@ from numba.core import types
 from quant.format import Array, Format
 from quant.jit import Compiled, inner
 from quant.search import (
+    LARGEST,
+    LIMIT,
     TABLE,
     ZERO,
     Float,
@@ -67,7 +69,7 @@ def q8_0(values: Array, out: Array) -> None:
     codes = np.empty(32, np.uint8)
     high = np.float32(127)
     for row in range(len(values)):
-        d = half_scale(load(values[row], x) / high)
+        d = half_scale(load(values[row], x, LIMIT) / high)
         put_half(out[row], 0, d)
         round_codes(x, 0, 32, half_value(d), ZERO, -high, high, codes)
         for i in range(32):
@@ -78,7 +80,7 @@ def q8_0(values: Array, out: Array) -> None:
 def encode_slope(values: Array, low: Float, x: Array, table: Array, codes: Array) -> int:
     """Codes 0..-2 low - 1 of 32 weights d (code + low); returns the f16 bits of d."""
     high = -low - np.float32(1)
-    load(values, x)
+    load(values, x, LIMIT)
     d: int = half_scale(best_slope(x, 0, 32, low, high, False, table))
     round_codes(x, 0, 32, half_value(d), ZERO, low, high, codes)
     return d
@@ -114,7 +116,7 @@ def iq4_nl(values: Array, out: Array) -> None:
     table = np.empty(TABLE, np.float32)
     codes = np.empty(32, np.uint8)
     for row in range(len(values)):
-        largest = load(values[row], x)
+        largest = load(values[row], x, LIMIT)
         d = half_scale(best_slope(x, 0, 32, np.float32(-127), np.float32(113), True, table))
         if largest < np.float32(2.0**-21):
             d = 0  # no code stands for zero: with the smallest scale, 2^-24, the error is larger
@@ -126,10 +128,11 @@ def iq4_nl(values: Array, out: Array) -> None:
 @encoder
 def mxfp4(values: Array, out: Array) -> None:
     """values (blocks, 32) f32 -> out (blocks, 17) u8."""
+    x = np.empty(32, np.float32)
     codes = np.empty(32, np.uint8)
     for row in range(len(values)):
-        e = fit_power(values[row])
-        round_power(values[row], e, codes)
+        e = fit_power(x, load(values[row], x, LARGEST))
+        round_power(x, e, codes)
         out[row, 0] = e
         put_nibbles(codes, 0, 16, out[row], 1)
 
@@ -142,7 +145,7 @@ def q5_1(values: Array, out: Array) -> None:
     codes = np.empty(32, np.uint8)
     high = np.float32(31)
     for row in range(len(values)):
-        load(values[row], x)
+        load(values[row], x, LIMIT)
         slope, offset, _ = best_line(x, 0, 32, high, False, table)
         d = half_scale(slope)
         m = half_bits(offset)
@@ -165,7 +168,7 @@ def encode_lines(
     out: Array,
 ) -> None:
     """Codes 0..high of 256 weights; stores d, dmin and the packed scales at out[0:16]."""
-    load(values, x)
+    load(values, x, LIMIT)
     d_bits, dmin_bits = fit_lines(x, high, table, scale, minimum)
     d = half_value(d_bits)
     dmin = half_value(dmin_bits)
@@ -224,7 +227,7 @@ def q6_k(values: Array, out: Array) -> None:
     low = np.float32(-32)
     high = np.float32(31)
     for row in range(len(values)):
-        load(values[row], x)
+        load(values[row], x, LIMIT)
         d_bits = fit_slopes(x, low, high, False, np.float32(-128), table, scale)
         d = half_value(d_bits)
         for j in range(16):
@@ -249,7 +252,7 @@ def iq4_xs(values: Array, out: Array) -> None:
     scales = np.empty(8, np.uint8)
     codes = np.empty(256, np.uint8)
     for row in range(len(values)):
-        load(values[row], x)
+        load(values[row], x, LIMIT)
         lowest = np.float32(-32)
         d_bits = fit_slopes(x, np.float32(-127), np.float32(113), True, lowest, table, scale)
         d = half_value(d_bits)

@@ -45,6 +45,7 @@ SLOPE, OFFSET, INVERSE, Q, QQ, QX, SCALE, MINIMUM = range(0, 8 * LANES, LANES)
 TABLE = 8 * LANES
 
 LIMIT = np.float32(2.0**28)
+LARGEST = np.finfo(np.float32).max
 TINY = np.float32(2.0**-26)
 ZERO = np.float32(0)
 ONE = np.float32(1)
@@ -109,11 +110,11 @@ def inverse(value: Float) -> Float:
 
 
 @inner
-def load(values: Array, x: Array) -> Float:
-    """Copy values to x, within +-LIMIT; returns the largest magnitude."""
+def load(values: Array, x: Array, limit: Float) -> Float:
+    """Copy values to x, within +-limit; returns the largest magnitude."""
     largest = ZERO
     for i in range(x.size):
-        x[i] = min(max(values[i], -LIMIT), LIMIT)
+        x[i] = min(max(values[i], -limit), limit)
         largest = max(largest, abs(x[i]))
     return largest
 
@@ -380,25 +381,22 @@ def _error(d: Float, dmin: Float, ss: Float, sm: Float, mm: Float, sx: Float, mx
 
 
 @inner
-def fit_power(values: Array) -> int:
-    """MXFP4's scale: the e with which w = 2^(e - 128) q is nearest to values, 0 <= e <= 252.
+def fit_power(x: Array, largest: Float) -> int:
+    """MXFP4's scale: the e with which w = 2^(e - 128) q is nearest to x, 0 <= e <= 252.
 
-    Sums are in float64, to which no float32 is too large or too small. 252 is the last e with
-    which rounding a finite weight cannot give an infinite one.
+    `largest` is the largest magnitude. Sums are in float64, to which no float32 is too large or too
+    small. 252 is the last e with which rounding a finite weight cannot give an infinite one.
     """
-    largest = 0.0
-    for i in range(values.size):
-        largest = max(largest, abs(np.float64(values[i])))
-    _, exponent = math.frexp(largest)
-    plain = exponent + 124  # the largest weight is in 4..8 halves of 2^(e - 127)
+    _, exponent = math.frexp(np.float64(largest))
+    plain = exponent + 124  # the largest weight is 8 to 16 times 2^(plain - 128)
     least = math.inf
     best = 0
     for candidate in range(plain - 1, plain + 2):
         e = min(max(candidate, 0), 252)
         scale = math.ldexp(1.0, e - 128)
         error = 0.0
-        for i in range(values.size):
-            size = abs(np.float64(values[i]))
+        for i in range(x.size):
+            size = abs(np.float64(x[i]))
             difference = size - scale * _FLOATS[_float_code(size / scale)]
             error += difference * difference
         if error < least:
@@ -408,12 +406,12 @@ def fit_power(values: Array) -> int:
 
 
 @inner
-def round_power(values: Array, e: int, codes: Array) -> None:
-    """codes: those of MXFP4's values nearest to values / 2^(e - 128)."""
+def round_power(x: Array, e: int, codes: Array) -> None:
+    """codes: those of MXFP4's values nearest to x / 2^(e - 128)."""
     scale = math.ldexp(1.0, e - 128)
-    for i in range(values.size):
-        code = _float_code(abs(np.float64(values[i])) / scale)
-        codes[i] = code | 8 if values[i] < ZERO and code > 0 else code
+    for i in range(x.size):
+        code = _float_code(abs(np.float64(x[i])) / scale)
+        codes[i] = code | 8 if x[i] < ZERO and code > 0 else code
 
 
 @inner

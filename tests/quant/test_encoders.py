@@ -213,6 +213,16 @@ def test_a_weight_beyond_the_reach_does_not_make_others_infinite(format: Format)
 
 
 @EACH
+def test_infinite_weights_become_the_largest(format: Format) -> None:
+    """The converter refuses them; what else encodes them gets no infinity and no NaN."""
+    values = gaussian(1, format.length)
+    finite = values.copy()
+    values[0, [0, 20]] = np.inf, -np.inf
+    finite[0, [0, 20]] = np.array([1, -1]) * np.finfo(np.float32).max
+    assert encode(format, values).tobytes() == encode(format, finite).tobytes()
+
+
+@EACH
 def test_bytes_do_not_depend_on_how_rows_are_cut_or_laid_out(format: Format) -> None:
     values = heavy_tailed(6, 2 * format.length)
     whole = encode(format, values)
