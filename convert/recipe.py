@@ -63,7 +63,7 @@ _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 
 
 def file_type(name: str) -> FileType:
-    """The file type called `name`, in any case; Q4_K, Q5_K and MXFP4 mean the mixes made of them."""
+    """The file type called `name`, in any case; Q4_K, Q5_K and MXFP4 mean the mixes of them."""
     upper = name.upper()
     found = FILE_TYPES.get(_ALIASES.get(upper, upper))
     if found is None:
