@@ -323,9 +323,9 @@ class Program:
         return reader.multiply
 
     def rows_per_task(self, rows: int, matrices: int) -> int:
-        """Rows of a task: enough tasks to keep the threads evenly busy, in groups of eight."""
+        """Rows of a task: enough tasks to keep the threads evenly busy, in groups of sixteen."""
         wanted = rows * matrices // (8 * self.threads)
-        return max(8, min(64, wanted // 8 * 8))
+        return max(16, min(64, wanted // 16 * 16))
 
 
 def record_arguments(x: Activation) -> tuple[int, int, int, int]:
