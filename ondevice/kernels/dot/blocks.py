@@ -207,7 +207,8 @@ def quad_iq4_nl(layout, block, row_bytes):
 
 @block_unpackers.register(IQ4_NL)
 def unpack_iq4_nl(layout, w, row_bytes, codes, d, m):
-    unpack_q4_0(layout, w, row_bytes, codes, d, m)
+    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_nibbles(w + 2, row_bytes, codes)
     for k in range(8):
         store(codes + 64 * k, full_codes(load(u8x64, codes + 64 * k)))
 
