@@ -49,7 +49,7 @@ def source_hash() -> str:
     """12 hex digits naming this set of kernel sources, compiler versions and target CPU."""
     digest = hashlib.sha256()
     for path in _SOURCES:
-        digest.update(path.read_bytes())
+        digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     if not _SOURCES:  # frozen into one file
         status = Path(sys.executable).stat()
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import layout
+from ondevice.kernels.operation import CompiledFunction
 from ondevice.program import LINE, Program, float_bits, zeros
 
 
@@ -52,24 +53,31 @@ def test_floats_travel_as_bits() -> None:
         assert np.int32(float_bits(value)).view(np.float32) == np.float32(value)
 
 
-def test_operations_are_taken_once() -> None:
-    class Kernel:
-        address = 4096
+class FakeKernel(CompiledFunction):
+    """A kernel that is not compiled."""
 
-    program = Program(1, 1)
-    program.add(Kernel(), 7, 8, label="first")  # type: ignore[arg-type]
-    program.add(  # type: ignore[call-overload]
-        Kernel(), 9, tasks=3, per_token=True, times=64, then=layout.CHAIN, label="second"
+    address = 4096  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.__name__ = "fake"
+
+
+def test_operations_are_taken_once() -> None:
+    program, kernel, other = Program(1, 1), FakeKernel(), FakeKernel()
+    program.add(kernel, 7, 8, label="first")
+    program.add(
+        kernel, 9, other, tasks=3, per_token=True, times=64, then=layout.CHAIN, label="second"
     )
     operations = program.take()
+    assert operations.kernels == [kernel, other]
     assert operations.records[:, :8].tolist() == [
         [4096, 1, 0, 0, layout.BARRIER, 7, 8, 0],
-        [4096, 3, 1, 64, layout.CHAIN, 9, 0, 0],
+        [4096, 3, 1, 64, layout.CHAIN, 9, 4096, 0],
     ]
     assert operations.labels == ("first", "second")
     assert len(program.take().records) == 0
     with pytest.raises(AssertionError):
-        program.add(Kernel(), *range(30))  # type: ignore[arg-type]
+        program.add(kernel, *range(30))
 
 
 def test_memory_lives_as_long_as_the_program() -> None:

@@ -9,7 +9,7 @@ from ondevice.kernels import linear
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.operation import CompiledFunction, expand_kernel, operation, row_kernel
 from ondevice.kernels.simd import store_i64
-from quant.jit import CACHE_FOLDER
+from quant import jit
 
 
 def add(a: int, b: int, out: int) -> None:
@@ -50,8 +50,9 @@ def test_arguments_are_counted() -> None:
         READERS["F32"].multiply(1, 2, 3)
 
 
-@pytest.mark.skipif(CACHE_FOLDER is None, reason="there is no private cache folder")
+@pytest.mark.skipif(jit.FOLDER is None, reason="there is no private cache folder")
 def test_machine_code_is_kept_on_disk() -> None:
-    assert CACHE_FOLDER is not None
     assert linear.linear.address
-    assert list(CACHE_FOLDER.rglob("linear.linear-*.nbi"))
+    assert linear.linear.kept
+    assert jit.FOLDER is not None
+    assert list(jit.FOLDER.path.glob("ondevice.kernels.linear.linear-c-*.code"))
