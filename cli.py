@@ -447,6 +447,24 @@ def perplexity(
         print_figures(result)
 
 
+@main.command()
+@click.argument("model", required=False)
+@as_json
+def doctor(model: str | None, as_json: bool) -> None:
+    """Show what this machine has and what this program makes of it.
+
+    Processor and kernels, cache, memory, disk (of MODEL, if given) and read bandwidth.
+    """
+    from ondevice import demo
+    from ondevice.doctor import examine, table
+
+    found = examine(demo.model_path(model, compiling) if model else None)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(table(found))
+
+
 def window_progress(done: int, total: int, so_far: float) -> None:
     if sys.stderr.isatty():
         line = f"window {done} of {total}, perplexity {so_far:.3f}"

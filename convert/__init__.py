@@ -14,7 +14,8 @@ from convert.checkpoint import Checkpoint
 from convert.partial import partial_path
 from convert.plan import Plan, make_plan
 from convert.recipe import FILE_TYPES, file_type
-from convert.write import Progress, Report, default_threads, write_plan
+from convert.write import Progress, Report, write_plan
+from quant.cores import cores
 from quant.errors import ResourceError, UsageError
 
 __all__ = ["FILE_TYPES", "Plan", "Progress", "Report", "convert", "plan"]
@@ -45,7 +46,7 @@ def convert(
     """
     source, output = Path(source), Path(output)
     kind = file_type(type)
-    threads = default_threads() if threads is None else threads
+    threads = cores() if threads is None else threads
     if not 1 <= threads <= 1024:
         raise UsageError(f"threads is {threads}, 1 to 1024 is needed")
     _check_output(source, output, force)

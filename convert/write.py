@@ -6,7 +6,6 @@ few pieces per thread whatever the size of a tensor, and the bytes do not depend
 threads. Encoders and NumPy release the GIL.
 """
 
-import os
 import sys
 import time
 from bisect import bisect_right
@@ -227,10 +226,3 @@ def write_plan(
         peak_memory=peak_memory(),
         notes=notes,
     )
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

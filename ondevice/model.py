@@ -35,7 +35,8 @@ from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
 from ondevice.weights import Weights
-from quant.compiling import Compilation, Report, cores
+from quant.compiling import Compilation, Report
+from quant.cores import cores
 from quant.errors import Error, ResourceError, UsageError
 from quant.format import Array
 

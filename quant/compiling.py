@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from quant import jit
+from quant.cores import cores
 from quant.jit import Compiled
 
 RECORD = 256
@@ -134,12 +135,6 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
         self._workers, self._jobs, self._lock = [], None, None
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def worker_command() -> list[str] | None:

@@ -78,6 +78,16 @@ def _open_folder() -> CodeFolder | None:
 FOLDER = _open_folder()
 
 
+def versions() -> dict[str, str]:
+    """Those of the compiler's parts."""
+    return {"numba": numba.__version__, "llvmlite": llvmlite.__version__}
+
+
+def target_name() -> str:
+    """The processor that code is compiled for, in LLVM's words."""
+    return str(cpu_target.target_context.codegen().magic_tuple()[1])
+
+
 class CodeCache(NullCache):
     """What Numba asks for the machine code of one function; `kind` sets uses of it apart."""
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 import cli
+from ondevice import console
 from ondevice.console import size
 from ondevice.sampling import Sampling
 from quant.errors import Error, Interrupted, ResourceError
@@ -205,7 +206,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version").stdout == f"ondevice {cli.VERSION}\n"
-    for name in ("convert", "inspect", "generate", "chat", "bench", "perplexity"):
+    for name in ("convert", "inspect", "generate", "chat", "bench", "perplexity", "doctor"):
         result = run(name, "--help")
         assert result.exit_code == 0
         assert f"Usage: ondevice {name}" in result.stdout
@@ -240,3 +241,28 @@ def test_convert_offers_what_the_converter_writes() -> None:
     from convert.recipe import FILE_TYPES
 
     assert set(cli.TYPES) == set(FILE_TYPES)
+
+
+# The first start
+
+
+def test_compiling_shows_a_line_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.compiling(12, 31)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    console.compiling(12, 31)
+    assert "compiling kernels for this machine, once: 12 of 31" in capsys.readouterr().err
+    console.compiling(31, 31)
+    assert "compiling" not in capsys.readouterr().err
+
+
+def test_load_reports_progress_to_a_terminal_only(
+    model: FakeModel, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.load("m")
+    assert model.loaded == ("m", {})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.load("m")
+    assert model.loaded == ("m", {"progress": console.compiling})

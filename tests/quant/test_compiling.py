@@ -9,7 +9,7 @@ import pytest
 
 from quant import compiling, jit
 from quant.code_folder import CodeFolder
-from quant.compiling import Compilation, cores, worker_command
+from quant.compiling import Compilation, worker_command
 from quant.jit import Compiled
 from tests.quant.functions import FUNCTIONS, SECOND
 
@@ -199,7 +199,3 @@ def test_eight_programs_at_once(folder: CodeFolder) -> None:
         assert (program.returncode, out, error) == (0, f"{EXPECTED}\n", "")
     assert len(list(folder.path.glob("*.code"))) == 5
     assert list(folder.path.glob(".*")) == []
-
-
-def test_cores_are_counted() -> None:
-    assert 1 <= cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,50 @@
+"""How many processors this process may use: its affinity, and what a container grants it."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Threads that can really run at once; at least 1."""
+    quota = cpu_quota()
+    return min(affinity(), math.ceil(quota)) if quota else affinity()
+
+
+def affinity() -> int:
+    """Processors that the operating system may run this process on."""
+    ask = getattr(os, "sched_getaffinity", None)
+    return len(ask(0)) if ask else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Processors' worth of time that a container grants; None: as much as there is."""
+    quotas = []
+    for text in group_files("cpu.max"):
+        quota, period = text.split()
+        if quota != "max":
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that a container grants; None: as much as there is."""
+    limits = [int(text) for text in group_files("memory.max") if text.strip() != "max"]
+    return min(limits, default=None)
+
+
+def group_files(name: str) -> Iterator[str]:
+    """A file of this process's control group (version 2) and of every group around it."""
+    with contextlib.suppress(OSError):
+        lines = MEMBERSHIP.read_text().splitlines()
+        own = next((line[3:] for line in lines if line.startswith("0::")), "/")
+        group = CGROUPS / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(CGROUPS):
+                with contextlib.suppress(OSError):
+                    yield (folder / name).read_text()
