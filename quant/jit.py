@@ -25,7 +25,7 @@ from numba import _dynfunc  # type: ignore[attr-defined]
 from numba.core import sigutils
 from numba.core.caching import NullCache
 from numba.core.compiler import Compiler, CompileResult
-from numba.core.registry import cpu_target
+from numba.core.registry import CPUDispatcher, cpu_target
 from numba.core.runtime.nrt import rtsys
 from numba.core.serialize import dumps
 
@@ -214,12 +214,21 @@ def _finalize(library: Any) -> None:
     library._finalized = True
 
 
-inner: Any = functools.partial(
-    numba.njit,
-    **OPTIONS,
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-    forceinline=True,
-    pipeline_class=_Inlined,
-)
-"""For functions only ever called from a kernel: compiled into their callers."""
+class Inner(CPUDispatcher):
+    """A function without an entry for Python."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError(f"{self.py_func.__name__} is compiled into kernels only; see from_python")
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """For functions only ever called from a kernel: compiled into their callers."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    dispatcher = numba.njit(**OPTIONS, **options, pipeline_class=_Inlined)(function)
+    dispatcher.__class__ = Inner
+    return dispatcher
+
+
+def from_python(function: Any) -> Any:
+    """An inner function as one that Python can call, for tests."""
+    return numba.njit(**OPTIONS)(function.py_func)

@@ -12,10 +12,14 @@ import pytest
 
 from quant import encoders, iq4_nl, mxfp4, search
 from quant.format import Array, Format
+from quant.jit import from_python
 from quant.measure import normalised_rmse
 from quant.registry import FORMATS
 from tests.quant.data import gaussian, heavy_tailed
 
+half_bits = from_python(search.half_bits)
+half_scale = from_python(search.half_scale)
+half_value = from_python(search.half_value)
 NAMES = ["Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 EACH = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=NAMES)
 
@@ -265,9 +269,9 @@ def test_every_finite_f16_has_its_value_and_its_bits() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     bits = bits[np.isfinite(bits.view(np.float16))]
     values = bits.view(np.float16).astype(np.float32)
-    assert [search.half_value(int(b)) for b in bits[::7]] == values[::7].tolist()
+    assert [half_value(int(b)) for b in bits[::7]] == values[::7].tolist()
     expected = [int(b) if b != 0x8000 else 0 for b in bits]  # a scale is never -0
-    assert [search.half_bits(value) for value in values] == expected
+    assert [half_bits(value) for value in values] == expected
 
 
 def test_f16_rounding_equals_numpy() -> None:
@@ -277,19 +281,19 @@ def test_f16_rounding_equals_numpy() -> None:
     ties = (ties + np.nextafter(ties.astype(np.float16), np.float16(np.inf)).astype("f4")) / 2
     for value in np.concatenate([values, ties]):
         if value:
-            assert search.half_bits(value) == int(np.float16(value).view(np.uint16))
+            assert half_bits(value) == int(np.float16(value).view(np.uint16))
 
 
 def test_f16_scales_neither_overflow_nor_vanish() -> None:
-    assert search.half_bits(np.float32(3e38)) == 0x7BFF
-    assert search.half_bits(np.float32(-3e38)) == 0xFBFF
-    assert search.half_bits(np.float32(1e-30)) == 0
-    assert search.half_scale(np.float32(1e-30)) == 1
-    assert search.half_scale(np.float32(-1e-30)) == 0x8001
-    assert search.half_scale(np.float32(0)) == 0
-    assert search.half_scale(np.float32(1.4 * 2.0**-24)) == 2  # 1 would clip 29 %
-    assert search.half_scale(np.float32(1000.4 * 2.0**-24)) == 1000
-    assert search.half_scale(np.float32(3e38)) == 0x7BFF
+    assert half_bits(np.float32(3e38)) == 0x7BFF
+    assert half_bits(np.float32(-3e38)) == 0xFBFF
+    assert half_bits(np.float32(1e-30)) == 0
+    assert half_scale(np.float32(1e-30)) == 1
+    assert half_scale(np.float32(-1e-30)) == 0x8001
+    assert half_scale(np.float32(0)) == 0
+    assert half_scale(np.float32(1.4 * 2.0**-24)) == 2  # 1 would clip 29 %
+    assert half_scale(np.float32(1000.4 * 2.0**-24)) == 1000
+    assert half_scale(np.float32(3e38)) == 0x7BFF
 
 
 @pytest.mark.slow

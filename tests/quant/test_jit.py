@@ -219,3 +219,10 @@ def test_an_encoder_refuses_other_arrays() -> None:
 def test_decorated_functions_keep_name_and_documentation() -> None:
     named: Callable[..., object] = Compiled(twice, types.int64(types.int64))
     assert (named.__name__, named.__module__) == ("twice", __name__)
+
+
+def test_an_inner_function_cannot_be_called_from_python_by_mistake() -> None:
+    function = jit.inner(twice)
+    with pytest.raises(TypeError, match="twice is compiled into kernels only"):
+        function(1)
+    assert jit.from_python(function)(21) == 42
