@@ -150,28 +150,36 @@ def moved(s, i, k, d, g):
 
 
 @inner
-def move_and_read_out(s, size, k, d, g, next_k, next_q, after):
-    """S moved on, and `read_out` of it for the next token, whose row lies `after` bytes later."""
+def move_and_read_out(s, other, size, k, d, e, g, next_k, next_q, after):
+    """Two column blocks moved on, by d and e, and `read_out` of them for the next token.
+
+    The row of the token after that lies `after` bytes later.
+    """
     key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
+    key2, key3, query2, query3 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
     for i in range(0, size - 1, 2):
         prefetch(next_k + 4 * i + after)
         prefetch(next_q + 4 * i + after)
-        even = moved(s, i, k, d, g)
-        key0 = fma(even, load_f32(next_k + 4 * i), key0)
-        query0 = fma(even, load_f32(next_q + 4 * i), query0)
-        odd = moved(s, i + 1, k, d, g)
-        key1 = fma(odd, load_f32(next_k + 4 * i + 4), key1)
-        query1 = fma(odd, load_f32(next_q + 4 * i + 4), query1)
+        even, even_other = moved(s, i, k, d, g), moved(other, i, k, e, g)
+        x, y = load_f32(next_k + 4 * i), load_f32(next_q + 4 * i)
+        key0, key2 = fma(even, x, key0), fma(even_other, x, key2)
+        query0, query2 = fma(even, y, query0), fma(even_other, y, query2)
+        odd, odd_other = moved(s, i + 1, k, d, g), moved(other, i + 1, k, e, g)
+        x, y = load_f32(next_k + 4 * i + 4), load_f32(next_q + 4 * i + 4)
+        key1, key3 = fma(odd, x, key1), fma(odd_other, x, key3)
+        query1, query3 = fma(odd, y, query1), fma(odd_other, y, query3)
     if size % 2 == 1:
-        last = moved(s, size - 1, k, d, g)
-        key0 = fma(last, load_f32(next_k + 4 * (size - 1)), key0)
-        query0 = fma(last, load_f32(next_q + 4 * (size - 1)), query0)
-    return key0 + key1, query0 + query1
+        i = size - 1
+        last, last_other = moved(s, i, k, d, g), moved(other, i, k, e, g)
+        x, y = load_f32(next_k + 4 * i), load_f32(next_q + 4 * i)
+        key0, key2 = fma(last, x, key0), fma(last_other, x, key2)
+        query0, query2 = fma(last, y, query0), fma(last_other, y, query2)
+    return key0 + key1, query0 + query1, key2 + key3, query2 + query3
 
 
 @operation
 def delta_rule(op, step, task, scratch):
-    """o for every token, and S moved on; a task is one column block of one head.
+    """o for every token, and S moved on; a task is two column blocks of one head.
 
     (qkv, bytes, kq, decay, beta, out, bytes, key heads, value heads, size, place in the state)
     """
@@ -181,28 +189,49 @@ def delta_rule(op, step, task, scratch):
     key_heads, value_heads, size = argument(op, 7), argument(op, 8), argument(op, 9)
     memory = word(step, STATE) + argument(op, 10)
     blocks, ratio, count = (size + 15) // 16, value_heads // key_heads, word(step, COUNT)
-    head, block = task // blocks, task % blocks
-    s = memory + 64 * size * task
+    pairs = (blocks + 1) // 2
+    head, block = task // pairs, task % pairs * 2
+    s = memory + 64 * size * (head * blocks + block)
+    other = s + 64 * size if block + 1 < blocks else scratch
     left = size - 16 * block
     q = qkv + 4 * size * (head // ratio)
     k = q + 4 * size * key_heads
     v = qkv + 4 * size * (2 * key_heads + head) + 64 * block
     target = out + 4 * size * head + 64 * block
+    if block + 1 == blocks:
+        for i in range(size):
+            store(other + 64 * i, zero(f32x16))
     key, query = read_out(s, size, k, q)
+    other_key, other_query = read_out(other, size, k, q)
     for t in range(count):
         g = load_f32(decay + 4 * (t * value_heads + head))
         b = load_f32(beta + 4 * (t * value_heads + head))
         d = (load_some(v, left) - key * g) * b
+        e = (load_some(v + 64, left - 16) - other_key * g) * b
         overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
         store_some(target, fma(d, overlap, query * g), left)
+        store_some(target + 64, fma(e, overlap, other_query * g), left - 16)
         if t + 1 < count:
             next_k, next_q = k + qkv_bytes, q + qkv_bytes
-            key, query = move_and_read_out(s, size, k, d, g, next_k, next_q, qkv_bytes)
+            key, query, other_key, other_query = move_and_read_out(
+                s, other, size, k, d, e, g, next_k, next_q, qkv_bytes
+            )
             k, q, v, target = next_k, next_q, v + qkv_bytes, target + out_bytes
             prefetch(v + qkv_bytes)
         else:
             for i in range(size):
                 moved(s, i, k, d, g)
+                moved(other, i, k, e, g)
+
+
+def delta_tasks(value_heads: int, size: int) -> int:
+    """Tasks of `delta_rule`: a head's column blocks in pairs."""
+    return value_heads * -(-size // 32)
+
+
+def scratch_bytes(size: int) -> int:
+    """Scratch that `delta_rule` needs, in place of the block that an odd number lacks."""
+    return 64 * size
 
 
 def memory_bytes(value_heads: int, size: int) -> int:

@@ -69,12 +69,13 @@ def deltanet(
         per_token=True,
     )
     o = program.activation("delta output", config.value_dim, (out_matrix,))
+    program.scratch_bytes = max(program.scratch_bytes, delta.scratch_bytes(size))
     program.add(
         delta.delta_rule,
         *(mixed.address, mixed.row_bytes, kq, decay, beta),
         *(o.floats.address, o.floats.row_bytes),
         *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
-        tasks=config.value_heads * -(-size // 16),
+        tasks=delta.delta_tasks(config.value_heads, size),
     )
     program.add(
         norm.gated_norm,

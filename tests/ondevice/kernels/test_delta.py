@@ -11,7 +11,7 @@ ROUNDING = 2e-6
 BATCHES = ((11,), (1,) * 11, (2, 5, 1, 3))
 HEADS = pytest.mark.parametrize(
     ("key_heads", "value_heads", "size"),
-    [(1, 1, 16), (2, 4, 32), (3, 3, 24), (1, 3, 17), (3, 9, 5), (2, 2, 1)],
+    [(1, 1, 16), (2, 4, 32), (3, 3, 24), (1, 3, 17), (3, 9, 5), (2, 2, 1), (1, 2, 65)],
 )
 
 
@@ -154,7 +154,8 @@ def test_delta_rule(key_heads: int, value_heads: int, size: int) -> None:
                 delta.delta_rule,
                 *(Rows.of(qkv[piece]), kq[piece], decay[piece], beta[piece], part),
                 *(key_heads, value_heads, size, place),
-                tasks=value_heads * -(-size // 16),
+                tasks=delta.delta_tasks(value_heads, size),
+                scratch=delta.scratch_bytes(size),
                 count=len(part.values),
                 state=state,
             )
