@@ -51,11 +51,10 @@ def convolve(op, step, task, scratch):
     window = word(step, STATE) + argument(op, 7)
     count, row = word(step, COUNT), 4 * channels
     start = task * CHANNELS
-    end = min(start + CHANNELS, channels)
-    for t in range(count):
-        # a task's channels of a token are neighbours in memory, the same channel's tokens are not
-        for c in range(start, end, 16):
-            left, total = channels - c, zero(f32x16)
+    for c in range(start, min(start + CHANNELS, channels), 16):
+        left = channels - c
+        for t in range(count):
+            total = zero(f32x16)
             for j in range(size):
                 source = t + j - (size - 1)
                 if source < 0:
@@ -64,8 +63,6 @@ def convolve(op, step, task, scratch):
                     value = load_some(x + source * x_bytes + 4 * c, left)
                 total = fma(value, load_some(weights + j * row + 4 * c, left), total)
             store_some(out + t * out_bytes + 4 * c, silu(total), left)
-    for c in range(start, end, 16):
-        left = channels - c
         for j in range(size - 1):
             source = count + j - (size - 1)
             if source < 0:
