@@ -60,10 +60,8 @@ def main() -> None:
 
     instructions = next((name for key, name in INSTRUCTIONS if key in simd.FEATURES), "plain code")
     version = f"{VERSION}, Numba {numba.__version__}, Python {platform.python_version()}"
-    serve(
-        {"version": f"{version}, {instructions}", "load_seconds": model.load_seconds},
-        answer,
-    )
+    seconds = {"load_seconds": model.load_seconds, "compile_seconds": model.compile_seconds}
+    serve({"version": f"{version}, {instructions}"} | seconds, answer)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Worker:
         self, python: str, module: str, *arguments: object, environment: dict[str, str]
     ) -> None:
         self._name = f"{python} -m {module}"
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-m", module, *map(str, arguments)],
             cwd=ROOT,
@@ -52,8 +52,9 @@ class Worker:
 
     def close(self) -> None:
         """Let it end; it does when its input does."""
-        self._process.communicate()
-        self._said.close()
+        with self._said, self._process:
+            if self._process.stdin:
+                self._process.stdin.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -63,7 +64,9 @@ class Worker:
             return answer
         status = self._process.wait()
         self._said.seek(0)
-        raise WorkerFailed(f"{self._name} ended with {status}:\n{self._said.read()[-SHOWN:]}")
+        said = self._said.read()[-SHOWN:]
+        self.close()
+        raise WorkerFailed(f"{self._name} ended with {status}:\n{said}")
 
 
 def serve(greeting: dict[str, Any], answer: Callable[..., dict[str, Any]]) -> None:
