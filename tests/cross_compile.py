@@ -20,6 +20,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -79,14 +80,14 @@ def modules(names: Sequence[str]) -> Iterator[Any]:
 
 
 def kernels(names: Sequence[str]) -> dict[str, Any]:
-    """Every kernel defined in those modules and packages, by its dotted name."""
-    from ondevice.kernels.operation import CompiledFunction
+    """Every function of fixed types defined in those modules and packages, by its dotted name."""
+    from quant.jit import Compiled
 
     return {
         f"{module.__name__}.{name}": value
         for module in modules(names)
         for name, value in vars(module).items()
-        if isinstance(value, CompiledFunction) and value.function.__module__ == module.__name__
+        if isinstance(value, Compiled) and value.function.__module__ == module.__name__
     }
 
 
@@ -98,17 +99,17 @@ def mnemonics(assembly: str) -> Counter[str]:
 def main(triple: str, cpu: str, features: str, goal: str, *names: str) -> None:
     choose(triple, cpu, features)
     from quant import jit
+    from quant.code_folder import CodeFolder
 
     if goal == "count":
-        jit.OPTIONS["cache"] = False
+        jit.FOLDER = None
         found = kernels(names)
-        assembly = {name: found[name]._compiled._library.get_asm_str() for name in found}
+        assembly = {name: found[name].code._library.get_asm_str() for name in found}
         json.dump({name: mnemonics(text) for name, text in assembly.items()}, sys.stdout)
     else:
-        numba.config.CACHE_DIR = goal  # type: ignore[attr-defined]
-        jit.OPTIONS["cache"] = True
+        jit.FOLDER = CodeFolder(Path(goal), (Path(goal) / "key").read_bytes())
         for kernel in kernels(names).values():
-            _ = kernel.address
+            _ = kernel.code
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def emulated(processor: str, arguments: Sequence[str | Path]) -> str:
 
 def compile_ahead(processor: str) -> None:
     """Fill the processor's cache folder from here, after a look at what it is taken for."""
-    ask = "from quant import jit; print(*jit.target(), jit.CACHE_FOLDER, sep='\\n')"
+    ask = "from quant import jit; print(*jit.target(), jit.FOLDER.path, sep='\\n')"
     triple, cpu, features, folder = emulated(processor, ["-c", ask]).splitlines()
     found = {name for name in ("dotprod", "i8mm") if f"+{name}" in features.split(",")}
     assert found == PROCESSORS[processor], f"the processor is taken for one with {found}"

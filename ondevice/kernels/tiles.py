@@ -6,6 +6,10 @@ and meets every token's activations. A piece (u8x64) lies in one of two ways:
     wide   16 rows x 4 columns: the tokens' 4 codes go to all lanes; a lane is a row
     quad   4 rows x 16 columns: the tokens' 16 codes go to all quarters; a quarter is a row
 
+ARM's instructions take several wide pieces in one go (IN_ONE: `wide_dots_16`, `wide_dots_32`), and
+with i8mm (WOVEN) two pieces are kept as one of 128 bytes, 8 x (2 rows x 8 columns), as smmla takes
+them: the products of two rows with two tokens by one instruction.
+
 Dots are collected in the form that the machine's instructions give: int32 sums of four products,
 or, where only AVX2's pairs are to be had (PAIRED), int16 sums of two. `tile_add_scaled` turns both
 into int32 sums, times a scale; until then as many steps may be added up as fit, see `steps`.
@@ -58,7 +62,9 @@ _HAS_SDOT = "dotprod" in FEATURES
 
 PAIRED = _HAS_AVX2 and not (_HAS_VNNI_512 or _HAS_VNNI_256)
 BIASED = _HAS_VNNI_512 or _HAS_VNNI_256
-MOST_TOKENS = 8 if _HAS_AVX512BW else 2
+IN_ONE = _HAS_SDOT
+WOVEN = IN_ONE and "i8mm" in FEATURES
+MOST_TOKENS = 8 if _HAS_AVX512BW else 4 if _HAS_SDOT else 2
 """Tokens of the largest tile whose sums stay in the registers of this machine."""
 
 
@@ -336,6 +342,72 @@ wide_dot = _product(_fours_of_all_rows, full=False)
 wide_dot_bytes = _product(_fours_of_all_rows, full=True)
 quad_dot = _product(_sixteen_of_all_rows, full=False)
 quad_dot_bytes = _product(_sixteen_of_all_rows, full=True)
+
+
+def _rows_by_lanes(builder: ir.IRBuilder, pieces: Any, codes: list[Any], columns: int) -> list[Any]:
+    """Products of pieces at an address with the tokens' codes, 16 columns a vector, by sdot."""
+    kind, sixteen = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    sums = [[constant(kind, None)] * 4 for _ in codes]
+    for k in range(columns // 4):
+        fours = [builder.bitcast(vectors[k // 4], kind) for vectors in codes]
+        fours = [builder.bitcast(shuffle_lanes(builder, x, x, [k % 4] * 4), sixteen) for x in fours]
+        for quarter in range(4):
+            at = builder.add(pieces, constant(I64, 64 * k + 16 * quarter))
+            w = load_from(builder, at, sixteen)
+            for total, four in zip(sums, fours, strict=True):
+                total[quarter] = call(builder, name, kind, [total[quarter], w, four])
+    return [join(builder, total) for total in sums]
+
+
+def _pairs_by_matrices(
+    builder: ir.IRBuilder, pieces: Any, codes: list[Any], columns: int
+) -> list[Any]:
+    """The same of woven pieces, by smmla: [r0 t0, r0 t1, r1 t0, r1 t1] for rows r, tokens t."""
+    kind, sixteen = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+    name = "llvm.aarch64.neon.smmla.v4i32.v16i8"
+    pairs = [(codes[t], codes[min(t + 1, len(codes) - 1)]) for t in range(0, len(codes), 2)]
+    sums = [[constant(kind, None)] * 8 for _ in pairs]
+    for k in range(columns // 8):
+        lanes = [*range(8 * (k % 2), 8 * (k % 2) + 8)]
+        lanes += [16 + lane for lane in lanes]
+        eights = [shuffle_lanes(builder, a[k // 2], b[k // 2], lanes) for a, b in pairs]
+        for rows in range(8):
+            at = builder.add(pieces, constant(I64, 128 * k + 16 * rows))
+            w = load_from(builder, at, sixteen)
+            for total, eight in zip(sums, eights, strict=True):
+                total[rows] = call(builder, name, kind, [total[rows], w, eight])
+    result = []
+    for total in sums:
+        both = join(builder, total)
+        result += [shuffle_lanes(builder, both, both, range(i, 32, 2)) for i in (0, 1)]
+    return result[: len(codes)]
+
+
+def _products_in_one(columns: int) -> Any:
+    @intrinsic
+    def products(typing: Any, kind: Any, pieces: Any, rows: Any, offset: Any) -> Any:
+        tile = kind.instance_type
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            sixteen = ir.VectorType(I8, 16)
+            codes = [
+                [
+                    load_from(builder, builder.add(at, constant(I64, start)), sixteen)
+                    for start in range(0, columns, 16)
+                ]
+                for at in _places(builder, args[2], args[3])
+            ]
+            emit = _pairs_by_matrices if WOVEN else _rows_by_lanes
+            return _tile(builder, emit(builder, args[1], codes, columns))
+
+        return tile(kind, types.int64, _addresses(tile), types.int64), lower
+
+    return products
+
+
+wide_dots_16, wide_dots_32 = _products_in_one(16), _products_in_one(32)
+"""(tile, address of wide pieces, rows, offset) -> sums over 16 or 32 columns; where IN_ONE."""
 
 
 @intrinsic

@@ -20,6 +20,7 @@ from ondevice.kernels.dot.tile import (
     Layout,
     M,
     ask,
+    codes_of_sixteen,
     columns_of_sixteen,
     full_codes,
     high_four,
@@ -29,6 +30,8 @@ from ondevice.kernels.dot.tile import (
     quads,
     raised,
     unpackers,
+    woven_high,
+    woven_low,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
@@ -49,6 +52,8 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    IN_ONE,
+    WOVEN,
     add_multiple,
     add_scaled,
     begin_dots,
@@ -62,6 +67,7 @@ from ondevice.kernels.tiles import (
     store_floats,
     wide_dot,
     wide_dot_bytes,
+    wide_dots_32,
     zero_floats,
     zero_sums,
 )
@@ -112,19 +118,28 @@ def unpack_halves(words, d, m):
 @inner
 def unpack_nibbles(w, row_bytes, codes):
     four = np.uint32(0x0F0F0F0F)
-    for i, piece in enumerate(columns_of_sixteen(w, row_bytes)):
+    for i, piece in enumerate(codes_of_sixteen(w, row_bytes)):
         store(codes + 64 * i, piece & four)
         store(codes + 64 * (4 + i), (piece >> np.uint32(4)) & four)
 
 
 @inner
+def fifth_bits(bits, k):
+    """Bits 4 k .. 4 k + 3 of a row's word, each as bit 4 of a byte."""
+    nibble = (bits >> np.uint32(4 * k)) & np.uint32(15)
+    # bit j goes to 7 j + j; the products do not overlap
+    return ((nibble * np.uint32(0x204081)) & np.uint32(0x01010101)) << np.uint32(4)
+
+
+@inner
 def add_fifth_bits(bits, codes):
-    """Bit 4 k + j of a row's word becomes bit 4 of its byte j of dword k."""
-    for k in range(8):
-        nibble = (bits >> np.uint32(4 * k)) & np.uint32(15)
-        # bit j goes to 7 j + j; the products do not overlap
-        fifths = (nibble * np.uint32(0x204081)) & np.uint32(0x01010101)
-        store(codes + 64 * k, load(u32x16, codes + 64 * k) | (fifths << np.uint32(4)))
+    """Bit 4 k + j of a row's word becomes bit 4 of its byte j of piece k."""
+    for k in range(0, 8, 2):
+        first, second = fifth_bits(bits, k), fifth_bits(bits, k + 1)
+        if WOVEN:
+            first, second = woven_low(first, second), woven_high(first, second)
+        store(codes + 64 * k, load(u32x16, codes + 64 * k) | first)
+        store(codes + 64 * k + 64, load(u32x16, codes + 64 * k + 64) | second)
 
 
 @quad_blocks.register(Q4_0)
@@ -224,7 +239,7 @@ def quad_q8_0(layout, block, row_bytes):
 def unpack_q8_0(layout, w, row_bytes, codes, d, m):
     unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
     for half in range(2):
-        pieces = columns_of_sixteen(w + 2 + 16 * half, row_bytes)
+        pieces = codes_of_sixteen(w + 2 + 16 * half, row_bytes)
         for i, piece in enumerate(pieces):
             store(codes + 64 * (4 * half + i), bitcast(u8x64, piece) ^ BIAS)
 
@@ -316,8 +331,10 @@ def unpack_blocks(layout, block_bytes, w, row_bytes, columns, panel):
 
 
 @inner
-def small_dots(sums, codes, rows, at):
+def small_dots(tile, sums, codes, rows, at):
     """sums + a block of small codes."""
+    if IN_ONE:
+        return add_multiple(sums, wide_dots_32(tile, codes, rows, at), 1)
     for first in range(0, 8, STEPS_SMALL):
         dots = begin_dots(sums)
         for i in range(STEPS_SMALL):
@@ -333,7 +350,7 @@ def small_panel(factor, tile, panel, rows, columns, start, size, totals):
     for i in range(size // BLOCK):
         b = start // BLOCK + i
         sums = spread(tile, rows, sums_at(columns, b), factor)
-        sums = small_dots(sums, panel + 512 * i, rows, BLOCK * b)
+        sums = small_dots(tile, sums, panel + 512 * i, rows, BLOCK * b)
         d = load(f32x16, panel + D + 64 * i)
         total = add_scaled(total, sums, d, rows, scale_at(columns, b))
     store_floats(totals, total)
@@ -344,7 +361,7 @@ def panel_with_min(tile, panel, rows, columns, start, size, totals):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
         b = start // BLOCK + i
-        sums = small_dots(zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
+        sums = small_dots(tile, zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
         below = spread(tile, rows, sums_at(columns, b), 1)
         d, m = load(f32x16, panel + D + 64 * i), load(f32x16, panel + M + 64 * i)
         total = add_scaled(total, sums, d, rows, scale_at(columns, b))
@@ -358,7 +375,10 @@ def full_panel(tile, panel, rows, columns, start, size, totals):
     for i in range(size // BLOCK):
         b = start // BLOCK + i
         sums = spread(tile, rows, sums_at(columns, b), BIAS_FACTOR)
-        for first in range(0, 8, STEPS_FULL):
+        if IN_ONE:
+            pieces = panel + 512 * i
+            sums = add_multiple(sums, wide_dots_32(tile, pieces, rows, BLOCK * b), 1)
+        for first in range(0, 0 if IN_ONE else 8, STEPS_FULL):
             dots = begin_dots(sums)
             for j in range(STEPS_FULL):
                 k = first + j

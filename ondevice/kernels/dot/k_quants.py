@@ -21,6 +21,7 @@ from ondevice.kernels.dot.tile import (
     Layout,
     M,
     ask,
+    codes_of_sixteen,
     columns_of_sixteen,
     full_codes,
     high_four,
@@ -52,6 +53,7 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    IN_ONE,
     add_dots,
     add_multiple,
     add_scaled,
@@ -67,6 +69,8 @@ from ondevice.kernels.tiles import (
     wide_dot,
     wide_dot_bytes,
     wide_dot_words,
+    wide_dots_16,
+    wide_dots_32,
     zero_dots,
     zero_floats,
     zero_sums,
@@ -314,7 +318,7 @@ def unpack_q4_k(layout, w, row_bytes, columns, panel):
     four = np.uint32(0x0F0F0F0F)
     for j in range(4):
         for part in range(2):
-            pieces = columns_of_sixteen(w + 16 + 32 * j + 16 * part, row_bytes)
+            pieces = codes_of_sixteen(w + 16 + 32 * j + 16 * part, row_bytes)
             to = panel + 64 * (16 * j + 4 * part)
             for i, piece in enumerate(pieces):
                 store(to + 64 * i, piece & four)
@@ -326,13 +330,13 @@ def unpack_q5_k(layout, w, row_bytes, columns, panel):
     unpack_header(w, row_bytes, panel)
     four, sixteen = np.uint32(0x0F0F0F0F), np.uint32(0x10101010)
     for part in range(2):
-        fifths = columns_of_sixteen(w + 16 + 16 * part, row_bytes)
+        fifths = codes_of_sixteen(w + 16 + 16 * part, row_bytes)
         for i, fifth in enumerate(fifths):
             store(panel + 64 * (4 * part + i), fifth)
     # the first 8 pieces of codes are written last
     for j in range(3, -1, -1):
         for part in range(2):
-            pieces = columns_of_sixteen(w + 48 + 32 * j + 16 * part, row_bytes)
+            pieces = codes_of_sixteen(w + 48 + 32 * j + 16 * part, row_bytes)
             for i, piece in enumerate(pieces):
                 fifth = load(u32x16, panel + 64 * (4 * part + i)) >> np.uint32(2 * j)
                 to = panel + 64 * (16 * j + 4 * part + i)
@@ -346,9 +350,9 @@ def unpack_q6_k(layout, w, row_bytes, columns, panel):
     four, upper = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
     for half in range(2):
         for part in range(2):
-            xs = columns_of_sixteen(w + 64 * half + 16 * part, row_bytes)
-            ys = columns_of_sixteen(w + 64 * half + 32 + 16 * part, row_bytes)
-            highs = columns_of_sixteen(w + 128 + 32 * half + 16 * part, row_bytes)
+            xs = codes_of_sixteen(w + 64 * half + 16 * part, row_bytes)
+            ys = codes_of_sixteen(w + 64 * half + 32 + 16 * part, row_bytes)
+            highs = codes_of_sixteen(w + 128 + 32 * half + 16 * part, row_bytes)
             to = panel + 64 * (32 * half + 4 * part)
             for i in range(4):
                 x, y, high = xs[i], ys[i], highs[i]
@@ -380,7 +384,7 @@ def unpack_iq4_xs(layout, w, row_bytes, columns, panel):
     store(panel + D, half_words(first, np.uint32(0)))
     for j in range(8):
         store(panel + SCALES + 64 * j, iq4_xs_scale(first, second, j))
-        for i, piece in enumerate(columns_of_sixteen(w + 8 + 16 * j, row_bytes)):
+        for i, piece in enumerate(codes_of_sixteen(w + 8 + 16 * j, row_bytes)):
             to = panel + 512 * j + 64 * i
             store(to, full_codes(bitcast(u8x64, piece & four)))
             store(to + 256, full_codes(bitcast(u8x64, (piece >> np.uint32(4)) & four)))
@@ -391,6 +395,10 @@ def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
     """A panel of Q4_K or Q5_K; `count` dots are added up before scaling."""
     sums, below = zero_sums(tile), zero_sums(tile)
     for j in range(8):
+        if IN_ONE:
+            dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+            continue
         for first in range(0, 8, count):
             dots = zero_dots(tile)
             for i in range(count):
@@ -422,6 +430,10 @@ def multiply_panel_q5_k(layout, tile, panel, rows, columns, start, size, totals)
 def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals):
     sums, surplus = zero_sums(tile), zero_sums(tile)
     for j in range(16):
+        if IN_ONE:
+            dots = wide_dots_16(tile, panel + 256 * j, rows, start + 16 * j)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+            continue
         for first in range(0, 4, STEPS_6):
             dots = zero_dots(tile)
             for i in range(STEPS_6):
@@ -442,6 +454,10 @@ def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals)
 def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, totals):
     sums = zero_sums(tile)
     for j in range(8):
+        if IN_ONE:
+            dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
+            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
+            continue
         for first in range(0, 8, STEPS_FULL):
             if BIASED:
                 dots = spread_words(tile, rows, sums_of_32_at(columns) + start // 16 + 2 * j, -128)

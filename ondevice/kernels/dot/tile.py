@@ -41,6 +41,7 @@ from ondevice.kernels.simd import (
 from ondevice.kernels.tiles import (
     BIASED,
     MOST_TOKENS,
+    WOVEN,
     store_first,
     store_quads,
     tile1,
@@ -160,6 +161,27 @@ def columns_of_sixteen(w, row_bytes):
         low_halves(ab_high, cd_high),
         high_halves(ab_high, cd_high),
     )
+
+
+def _words_in_turn(first: int) -> Any:
+    """Eight words of each of two vectors from `first` on, one of each in turn."""
+    return pair_shuffle([lane + 16 * other for lane in range(first, first + 8) for other in (0, 1)])
+
+
+woven_low, woven_high = _words_in_turn(0), _words_in_turn(8)
+
+
+@inner
+def codes_of_sixteen(w, row_bytes):
+    """As `columns_of_sixteen`, in the order in which wide pieces are kept."""
+    if WOVEN:
+        a, b = load_quad(w, 2 * row_bytes), load_quad(w + row_bytes, 2 * row_bytes)
+        below = w + 8 * row_bytes
+        c, d = load_quad(below, 2 * row_bytes), load_quad(below + row_bytes, 2 * row_bytes)
+        a, b = bitcast(u32x16, a), bitcast(u32x16, b)
+        c, d = bitcast(u32x16, c), bitcast(u32x16, d)
+        return low_halves(a, b), low_halves(c, d), high_halves(a, b), high_halves(c, d)
+    return columns_of_sixteen(w, row_bytes)
 
 
 # ---- rows and tokens ----
