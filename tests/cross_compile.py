@@ -4,10 +4,12 @@ In place of LLVM's execution engine stands an `Engine` that compiles modules to 
 loads them, so every kernel goes through Numba's own passes, with the options of the target. It
 replaces the compiler of the whole process and needs a process of its own:
 
-    python -m tests.cross_compile TRIPLE CPU FEATURES count MODULE...
+    python -m tests.cross_compile TRIPLE CPU FEATURES count NAME...
         print JSON, {kernel: {mnemonic: how often it stands in its code}}
-    python -m tests.cross_compile TRIPLE CPU FEATURES FOLDER MODULE...
+    python -m tests.cross_compile TRIPLE CPU FEATURES FOLDER NAME...
         fill a cache folder of that processor, so that it has nothing left to compile
+
+A NAME is a package, a module, or module:function.
 
 Reaches into the private parts of Numba's codegen module (0.68).
 """
@@ -80,15 +82,18 @@ def modules(names: Sequence[str]) -> Iterator[Any]:
 
 
 def kernels(names: Sequence[str]) -> dict[str, Any]:
-    """Every function of fixed types defined in those modules and packages, by its dotted name."""
+    """Functions of fixed types by their dotted names: those named, all of a module or package."""
     from quant.jit import Compiled
 
-    return {
+    found = {
         f"{module.__name__}.{name}": value
-        for module in modules(names)
+        for module in modules([name for name in names if ":" not in name])
         for name, value in vars(module).items()
         if isinstance(value, Compiled) and value.function.__module__ == module.__name__
     }
+    for module, _, name in (name.partition(":") for name in names if ":" in name):
+        found[f"{module}.{name}"] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def mnemonics(assembly: str) -> Counter[str]:
