@@ -188,7 +188,7 @@ def kernel(function: Callable[..., Any], **options: Any) -> Any:
     return dispatcher
 
 
-class _Inlined(Compiler):  # type: ignore[misc]
+class _Inlined(Compiler):
     """Leaves the code of a function as it is first lowered: its callers optimise it as a part of
     theirs. Numba would optimise and assemble it once for every level of calls.
     """
@@ -223,7 +223,8 @@ class Inner(CPUDispatcher):
 
 def inner(function: Callable[..., Any]) -> Any:
     """For functions only ever called from a kernel: compiled into their callers."""
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    options: dict[str, Any] = {"forceinline": True}
+    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     dispatcher = numba.njit(**OPTIONS, **options, pipeline_class=_Inlined)(function)
     dispatcher.__class__ = Inner
     return dispatcher
