@@ -410,40 +410,6 @@ wide_dots_16, wide_dots_32 = _products_in_one(16), _products_in_one(32)
 """(tile, address of wide pieces, rows, offset) -> sums over 16 or 32 columns; where IN_ONE."""
 
 
-@intrinsic
-def quad_dot_scaled(typing: Any, sums: Any, w: Any, rows: Any, offset: Any, scale: Any) -> Any:
-    """sums + w * the tokens' 16 codes * scale: scale i16x32, equal within a quarter."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def x86(total: Any, w: Any, a: Any, scales: Any) -> Any:
-            lanes = total.type.count
-            pairs = _maddubs(builder, w, a)
-            if (lanes == 16 and _HAS_VNNI_512) or (lanes == 8 and _HAS_VNNI_256):
-                name = f"llvm.x86.avx512.vpdpwssd.{lanes * 32}"
-                return call(builder, name, total.type, [total, pairs, scales])
-            return builder.add(total, _madd(builder, pairs, scales))
-
-        def other(total: Any, w: Any, a: Any, scales: Any) -> Any:
-            zeros = constant(total.type, None)
-            if _HAS_SDOT:
-                name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-                dots = call(builder, name, total.type, [zeros, w, a])
-            else:
-                dots = _plain_dot(builder, zeros, w, a, False)
-            factors = builder.sext(part(builder, scales, 0, 4), total.type)
-            return builder.add(total, builder.mul(dots, factors))
-
-        emit = x86 if _HAS_AVX2 else other
-        result = []
-        places = _places(builder, args[2], args[3])
-        for place, total in zip(places, _vectors(builder, args[0]), strict=True):
-            codes = _sixteen_of_all_rows(builder, place)
-            result.append(_split(builder, emit, total, args[1], codes, args[4]))
-        return _tile(builder, result)
-
-    return sums(sums, u8x64, _addresses(sums), types.int64, i16x32), lower
-
-
 def _dot_pairs(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
     """i16x32, i16x32 -> i32x16; each lane the sum of its own two products."""
 
@@ -545,6 +511,56 @@ def add_dots(typing: Any, sums: Any, dots: Any, scale: Any) -> Any:
         return _tile(builder, result)
 
     return sums(sums, dots, i32x16), lower
+
+
+@intrinsic
+def add_two_dots(typing: Any, sums: Any, first: Any, second: Any, scales: Any) -> Any:
+    """sums + first * its scale + second * its, of quads.
+
+    scales i16x32: in a quarter, four times the first's and four times the second's. A dot's lanes
+    must fit int16, which 8 codes of up to 31 do, and 4 of up to 63.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def vnni(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            lanes = total.type.count
+            name = {16: "avx512.packssdw.512", 8: "avx2.packssdw"}[lanes]
+            kind = ir.VectorType(I16, 2 * lanes)
+            both = call(builder, f"llvm.x86.{name}", kind, [x, y])
+            name = f"llvm.x86.avx512.vpdpwssd.{lanes * 32}"
+            return call(builder, name, total.type, [total, both, factors])
+
+        def paired(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            for dots, place in ((x, 0), (y, 4)):
+                lanes = [lane // 8 * 8 + place for lane in range(dots.type.count)]
+                scale = shuffle_lanes(builder, factors, factors, lanes)
+                total = builder.add(total, _madd(builder, dots, scale))
+            return total
+
+        def other(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            for dots, place in ((x, 0), (y, 4)):
+                scale = builder.sext(part(builder, factors, place, 4), total.type)
+                total = builder.add(total, builder.mul(dots, scale))
+            return total
+
+        result = []
+        columns = (_vectors(builder, tile) for tile in args[:3])
+        for total, x, y in zip(*columns, strict=True):
+            if BIASED and not _HAS_VNNI_512:
+                halves = []
+                for i in range(2):
+                    sizes = [
+                        (operand, operand.type.count // 2) for operand in (total, x, y, args[3])
+                    ]
+                    halves.append(vnni(*(part(builder, v, i * n, n) for v, n in sizes)))
+                result.append(join(builder, halves))
+            elif BIASED:
+                result.append(vnni(total, x, y, args[3]))
+            else:
+                result.append(_split(builder, paired if PAIRED else other, total, x, y, args[3]))
+        return _tile(builder, result)
+
+    return sums(sums, first, first, i16x32), lower
 
 
 @intrinsic

@@ -57,11 +57,12 @@ from ondevice.kernels.tiles import (
     add_dots,
     add_multiple,
     add_scaled,
+    add_two_dots,
     dots_scale,
     fold_quads,
     load_floats,
+    quad_dot,
     quad_dot_bytes,
-    quad_dot_scaled,
     quad_dot_words,
     spread_words,
     steps,
@@ -88,14 +89,14 @@ low_fields = word_fields((0, 0, 0, 4), (0x3F, 0x0F, 0x3F, 0x0F))
 high_fields = word_fields((2, 2, 2, 2), (0x30, 0x30, 0x30, 0x30))
 mins_as_words = byte_shuffle([place for j in range(8) for place in (8 + j, None)])
 d_of_header, dmin_of_header = half_in_each(0), half_in_each(2)
-scale_even, scale_odd = byte_shuffle([0, None] * 8), byte_shuffle([1, None] * 8)
+two_scales = byte_shuffle([0, None] * 4 + [1, None] * 4)
 
 first_words = lane_shuffle([4 * (lane // 4) for lane in range(16)])
 second_words = lane_shuffle([4 * (lane // 4) + 1 for lane in range(16)])
 
 # signed bytes go into the upper halves of words and are shifted down
-_SIGNED = [byte_shuffle([None, j] * 8) for j in (0, 2, 4, 6)]
-signed_0, signed_2, signed_4, signed_6 = _SIGNED
+first_two_signed = byte_shuffle([None, 0] * 4 + [None, 2] * 4)
+next_two_signed = byte_shuffle([None, 4] * 4 + [None, 6] * 4)
 first_signed = byte_shuffle([place for j in range(8) for place in (None, j)])
 last_signed = byte_shuffle([place for j in range(8, 16) for place in (None, j)])
 d_at_the_end = half_in_each(14)
@@ -166,12 +167,12 @@ def quad_q4_k(layout, tile, w, row_bytes, ahead, columns, rows):
         for j in range(4):
             x = load_quad(block + 16 + 32 * j, row_bytes)
             y = load_quad(block + 32 + 32 * j, row_bytes)
-            even, odd = words(scale_even(scales)), words(scale_odd(scales))
             at = SUPERBLOCK * b + 64 * j
-            sums = quad_dot_scaled(sums, low_four(x), rows, at, even)
-            sums = quad_dot_scaled(sums, low_four(y), rows, at + 16, even)
-            sums = quad_dot_scaled(sums, high_four(x), rows, at + 32, odd)
-            sums = quad_dot_scaled(sums, high_four(y), rows, at + 48, odd)
+            even = quad_dot(zero_dots(tile), low_four(x), rows, at)
+            even = quad_dot(even, low_four(y), rows, at + 16)
+            odd = quad_dot(zero_dots(tile), high_four(x), rows, at + 32)
+            odd = quad_dot(odd, high_four(y), rows, at + 48)
+            sums = add_two_dots(sums, even, odd, words(two_scales(scales)))
             scales = two_on(scales)
         totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
     return totals
@@ -186,21 +187,21 @@ def quad_q5_k(layout, tile, w, row_bytes, ahead, columns, rows):
         header = load_quad(block, row_bytes)
         fields = six_bit_fields(header)
         scales, sums = fields, zero_sums(tile)
-        # bit 2 j of a byte is moved to bit 4
+        # bits 2 j and 2 j + 1 of a byte are moved to bit 4
         fifth_x, fifth_y = load_quad(block + 16, row_bytes), load_quad(block + 32, row_bytes)
         for j in range(4):
             x = load_quad(block + 48 + 32 * j, row_bytes)
             y = load_quad(block + 64 + 32 * j, row_bytes)
-            even, odd = words(scale_even(scales)), words(scale_odd(scales))
             at = SUPERBLOCK * b + 64 * j
             code = low_four(x) | (raised(fifth_x, 4) & sixteen)
-            sums = quad_dot_scaled(sums, code, rows, at, even)
+            even = quad_dot(zero_dots(tile), code, rows, at)
             code = low_four(y) | (raised(fifth_y, 4) & sixteen)
-            sums = quad_dot_scaled(sums, code, rows, at + 16, even)
+            even = quad_dot(even, code, rows, at + 16)
             code = high_four(x) | (raised(fifth_x, 3) & sixteen)
-            sums = quad_dot_scaled(sums, code, rows, at + 32, odd)
+            odd = quad_dot(zero_dots(tile), code, rows, at + 32)
             code = high_four(y) | (raised(fifth_y, 3) & sixteen)
-            sums = quad_dot_scaled(sums, code, rows, at + 48, odd)
+            odd = quad_dot(odd, code, rows, at + 48)
+            sums = add_two_dots(sums, even, odd, words(two_scales(scales)))
             scales, fifth_x, fifth_y = two_on(scales), lowered(fifth_x, 2), lowered(fifth_y, 2)
         totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
     return totals
@@ -221,13 +222,17 @@ def quad_q6_k(layout, tile, w, row_bytes, ahead, columns, rows):
                 high = load_quad(block + 128 + 32 * half + 16 * part, row_bytes)
                 at = SUPERBLOCK * b + 128 * half + 16 * part
                 code = low_four(x) | (raised(high, 4) & upper)
-                sums = quad_dot_scaled(sums, code, rows, at, signed_words(signed_0(scales)))
+                first = quad_dot(zero_dots(tile), code, rows, at)
                 code = low_four(y) | (raised(high, 2) & upper)
-                sums = quad_dot_scaled(sums, code, rows, at + 32, signed_words(signed_2(scales)))
+                second = quad_dot(zero_dots(tile), code, rows, at + 32)
+                factors = signed_words(first_two_signed(scales))
+                sums = add_two_dots(sums, first, second, factors)
                 code = high_four(x) | (high & upper)
-                sums = quad_dot_scaled(sums, code, rows, at + 64, signed_words(signed_4(scales)))
+                first = quad_dot(zero_dots(tile), code, rows, at + 64)
                 code = high_four(y) | (lowered(high, 2) & upper)
-                sums = quad_dot_scaled(sums, code, rows, at + 96, signed_words(signed_6(scales)))
+                second = quad_dot(zero_dots(tile), code, rows, at + 96)
+                factors = signed_words(next_two_signed(scales))
+                sums = add_two_dots(sums, first, second, factors)
                 scales = one_on(scales)
             scales = six_on(scales)
         at = sums_of_16_at(columns) + 32 * b

@@ -128,7 +128,7 @@ def low_four(x):
 
 @inner
 def high_four(x):
-    return lowered(x, 4) & np.uint8(15)
+    return x >> np.uint8(4)
 
 
 full_codes = byte_table([value + (128 if BIASED else 0) for value in IQ4_NL_VALUES])
