@@ -31,7 +31,7 @@ FEWEST = 4
 MOST_WORKERS = 7
 PATIENCE = 60.0
 """Seconds without a new function after which this process compiles the rest by itself."""
-POLL = 0.02
+POLL = 0.03
 
 Report = Callable[[int, int], None]
 """report(done, needed): called again and again while functions are compiled."""

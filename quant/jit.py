@@ -171,8 +171,11 @@ class Compiled:
         """Whether the folder has its machine code, or this process."""
         if "code" in self.__dict__:
             return True
-        name = CodeCache(self.function, self.kind).name(self.signature[0])
-        return FOLDER is not None and name in FOLDER
+        return FOLDER is not None and self._entry in FOLDER
+
+    @cached_property
+    def _entry(self) -> str:
+        return CodeCache(self.function, self.kind).name(self.signature[0])
 
     def __call__(self, *arguments: Any) -> Any:
         return self.code(*arguments)

@@ -1,6 +1,7 @@
 """The bundled demo model through the commands: checkpoint, file, answer; nothing is faked."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,3 +149,24 @@ def test_the_readme_example_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_eight_first_starts_at_once(tmp_path: Path) -> None:
+    """With nothing cached: each answers the same, and no half-made file stays behind."""
+    environment = {**os.environ, "ONDEVICE_CACHE": str(tmp_path)}
+    command = [sys.executable, "cli.py", "generate", "demo", "-p", "Hi", "-n", "4"]
+    programs = [
+        subprocess.Popen(
+            [*command, "--temp", "0"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(8)
+    ]
+    results = [(*program.communicate(timeout=600), program.returncode) for program in programs]
+    assert {(error, code) for _, error, code in results} == {(b"", 0)}
+    assert len({out for out, _, _ in results}) == 1
+    assert list(tmp_path.rglob("*.part")) == []
