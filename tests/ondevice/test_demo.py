@@ -15,7 +15,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The files that a stand-in for the converter wrote."""
     written: list[Path] = []
 
-    def stand_in(source: Path, output: Path, type: str) -> None:
+    def stand_in(source: Path, output: Path, type: str, **options: object) -> None:
         written.append(output)
         output.write_bytes(f"{source.name} {type}".encode())
 
@@ -84,7 +84,7 @@ def test_without_a_cache_folder_the_temporary_one_serves(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     made: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(source: Path, output: Path, type: str) -> None:
+    def full(source: Path, output: Path, type: str, **options: object) -> None:
         output.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
