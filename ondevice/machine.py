@@ -48,6 +48,8 @@ class Machine:
         vectors = np.random.default_rng(0).integers(0, 64, 64 * probe.VECTORS).astype(np.uint8)
         self._multiply = self._operations(probe.multiply_bytes, vectors, TASKS * threads)
         self._next = 0
+        for job in self._reads:  # what the system has just zeroed is still in the caches
+            self._seconds(job)
 
     def read_bandwidth(self) -> float:
         """Bytes per second; every pass reads another part, long since out of the caches."""
