@@ -98,7 +98,8 @@ def test_a_models_profile_is_the_time_that_passes(demo: Model) -> None:
         spent = float(str(summary["seconds_per_token"])) * tokens
         assert 0.4 * passed < spent <= passed
         names = {kind.name for kind in profile.kinds()}
-        assert {"expert down", "delta_rule", "attend", "linear: qkv"} <= names
+        assert {"expert down", "delta_rule", "linear: qkv"} <= names
+        assert any(name.startswith("attend") for name in names)
         products = profile.seconds("linear", "shared", "expert")
         assert 0.3 * spent < products < spent
     assert ("linear: logits" in names) and ("sample" in names)
