@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels import attention, cache, rows
+from ondevice.kernels import attention, cache, cache_f16, cache_q8_0, rows
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
     MACHINES,
@@ -280,6 +280,8 @@ def test_scores_far_apart() -> None:
 
 def test_sizes() -> None:
     assert [cache.head_width(size) for size in (1, 32, 33, 256)] == [32, 32, 64, 256]
+    assert cache_f16.tile_bytes(None, 256) == 64 * 2 * 256 * 2
+    assert cache_q8_0.tile_bytes(None, 256) == 64 * (256 + 8 * 2 + 256 + 2)
     assert attention.CACHES["f16"].bytes(2, 256, 64) == 2 * 2 * 64 * 256 * 2
     assert attention.CACHES["q8_0"].bytes(2, 256, 64) == 2 * 64 * (256 + 8 * 2 + 256 + 2)
 
@@ -295,8 +297,28 @@ def test_rotations_of_late_positions() -> None:
         np.testing.assert_allclose(table[:, row], exact, rtol=1e-7)
 
 
+def extreme(kind: str) -> Case:
+    """Codes of nothing but +-127, in runs: what a narrow sum would not hold."""
+    case = Case(16, 2, 64, 0, 70, kind=kind)
+    case.q_norm[:] = case.k_norm[:] = 1
+    case.q = np.sign(case.q).repeat(4, axis=1)[:, : case.q.shape[1]]
+    case.k = np.sign(case.k).repeat(4, axis=1)[:, : case.k.shape[1]]
+    case.k[0], case.q[5] = -1, 1
+    case.v = np.sign(case.v)
+    return case
+
+
+def test_extreme_codes() -> None:
+    for kind in attention.CACHES:
+        case = extreme(kind)
+        out = case.run(0, case.tokens)
+        exact, error = case.exact()
+        assert (abs(out - exact) <= error).all(), kind
+
+
 def check_here() -> None:
     """Both kinds of cache on the machine that this process compiles for."""
+    test_extreme_codes()
     for kind in attention.CACHES:
         for heads, kv_heads, size in ((16, 2, 64), (3, 1, 40)):
             case = Case(heads, kv_heads, size, 4, 70, kind=kind)
