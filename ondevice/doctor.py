@@ -1,7 +1,7 @@
 """What this program found on this machine: processor, kernels, cache, memory, disk, speeds.
 
-read bandwidth   bytes per second that all threads together read from memory: the best of
-                 several passes over more than the caches hold
+read bandwidth   bytes per second that all threads together read from memory
+int8 peak        multiply-adds per second of all threads, see `machine`
 disk speed       bytes per second of one sequential reader past the page cache: of the model
                  file, or of a file written for it; null where the file system has no such way
 """
@@ -17,17 +17,13 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ondevice.kernels import layout, probe, simd
+from ondevice.kernels import simd
 from ondevice.kernels.team import Team
-from ondevice.program import Program, zeros
+from ondevice.machine import Machine
 from quant import jit
 from quant.cores import affinity, cores, cpu_quota, memory_limit
 from quant.folders import cache_root
 
-PROBE_BYTES = 512 << 20
-PASSES = 5
 PIECE = 8 << 20
 DISK_BYTES = 128 << 20
 DISK_SECONDS = 0.5
@@ -72,7 +68,7 @@ def examine(model: Path | None = None) -> dict[str, Any]:
         "disk_folder": str(folder),
         "disk_free": shutil.disk_usage(folder).free,
         "disk_speed": disk_speed(folder, model),
-        "read_bandwidth": read_bandwidth(threads),
+        **speeds(threads),
     }
 
 
@@ -113,6 +109,7 @@ def table(found: dict[str, Any]) -> str:
             + (f", reads {speed / 1e9:.2f} GB/s" if speed else ""),
         ),
         ("bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s read from memory"),
+        ("int8 peak", f"{found['int8_peak'] / 1e9:.0f} GMAC/s"),
     ]
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
 
@@ -211,26 +208,14 @@ def _read_directly(path: Path) -> float | None:
         os.close(descriptor)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that a team of threads reads from memory."""
-    program = Program(1, threads)
-    data = zeros(PROBE_BYTES)
-    data[::4096] = 1  # have real pages behind it
-    sums = np.zeros(PROBE_BYTES // probe.CHUNK, np.int64)
-    program.add(probe.read_memory, program.keep(data), program.keep(sums), tasks=len(sums))
-    records = program.take().records
-    step = np.zeros(layout.STEP_WORDS, np.int64)
-    step[layout.COUNT] = 1
+def speeds(threads: int) -> dict[str, float]:
+    """What a team of threads reads from memory and multiplies, per second."""
     team = Team(threads)
     try:
-        seconds = []
-        for _ in range(PASSES):
-            started = time.perf_counter()
-            team.run(records, step)
-            seconds.append(time.perf_counter() - started)
+        machine = Machine(lambda operations, step: team.run(operations.records, step), threads)
+        return {"read_bandwidth": machine.read_bandwidth(), "int8_peak": machine.int8_peak()}
     finally:
         team.close()
-    return PROBE_BYTES / min(seconds)
 
 
 def _size(nbytes: float) -> str:

@@ -105,7 +105,7 @@ def test_the_command_for_programs(run: Callable[..., Result]) -> None:
     Path("model.gguf").write_bytes(bytes(1 << 20))
     found = json.loads(run("doctor", "model.gguf", "--json").stdout)
     assert found["disk_folder"] == str(Path.cwd())
-    assert {"cpu_features", "kernels", "cache", "memory_total", "read_bandwidth"} <= set(found)
+    assert {"cpu_features", "kernels", "cache", "memory_total", "read_bandwidth", "int8_peak"} <= set(found)
     missing = run("doctor", "missing.gguf")
     assert missing.exit_code == 4
     assert missing.stderr.startswith("error: ")
