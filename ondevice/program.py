@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ondevice.kernels import activation, experts, linear, norm
+from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import (
     ARGUMENTS,
@@ -28,6 +29,10 @@ from ondevice.weights import Matrix
 from quant.format import Array
 
 LINE = 64
+FEWEST_PANELS, MOST_PANELS = 3, 15
+"""Panels of weight rows in a task: long enough streams of memory, and small enough for caches."""
+TASKS_PER_THREAD = 24
+"""Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
 
 
 def zeros(nbytes: int) -> Array:
@@ -323,9 +328,13 @@ class Program:
         return reader.multiply
 
     def rows_per_task(self, rows: int, matrices: int) -> int:
-        """Rows of a task: enough tasks to keep the threads evenly busy, in groups of sixteen."""
-        wanted = rows * matrices // (8 * self.threads)
-        return max(16, min(64, wanted // 16 * 16))
+        """Rows of a task: enough tasks to keep the threads evenly busy.
+
+        An odd number of panels: rows that are taken together then lie in different sets of the
+        first-level cache.
+        """
+        wanted = rows * matrices // (TASKS_PER_THREAD * self.threads) // ROWS
+        return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, wanted)) - 1) | 1)
 
 
 def record_arguments(x: Activation) -> tuple[int, int, int, int]:

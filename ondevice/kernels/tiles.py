@@ -189,24 +189,47 @@ def store_floats(typing: Any, address: Any, tile: Any) -> Any:
     return types.none(types.int64, tile), lower
 
 
-def _store_lanes(lanes: list[int]) -> Any:
-    @intrinsic
-    def store_lanes(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
-        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            places = _places(builder, args[1], args[2])
-            for place, vector in zip(places, _vectors(builder, args[0]), strict=True):
-                store_to(builder, place, shuffle_lanes(builder, vector, vector, lanes))
-            return context.get_dummy_value()
+@intrinsic
+def store_first(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
+    """Store the first lane of each vector at the token's address + offset."""
 
-        return types.none(tile, _addresses(tile), types.int64), lower
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = _places(builder, args[1], args[2])
+        for place, vector in zip(places, _vectors(builder, args[0]), strict=True):
+            store_to(builder, place, builder.extract_element(vector, constant(I32, 0)))
+        return context.get_dummy_value()
 
-    return store_lanes
+    return types.none(tile, _addresses(tile), types.int64), lower
 
 
-store_quads = _store_lanes([0, 4, 8, 12])
-"""Store the first lane of each quarter of each vector at the token's address + offset."""
-store_first = _store_lanes([0])
-"""Store the first lane of each vector at the token's address + offset."""
+@intrinsic
+def store_apart(typing: Any, tile: Any, rows: Any, offset: Any, stride: Any) -> Any:
+    """Store the first lane of each quarter, `stride` bytes apart from the address + offset on."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = _places(builder, args[1], args[2])
+        for place, vector in zip(places, _vectors(builder, args[0]), strict=True):
+            for quarter in range(4):
+                value = builder.extract_element(vector, constant(I32, 4 * quarter))
+                store_to(builder, place, value)
+                place = builder.add(place, args[3])
+        return context.get_dummy_value()
+
+    return types.none(tile, _addresses(tile), types.int64, types.int64), lower
+
+
+@intrinsic
+def scatter(typing: Any, address: Any, vector: Any, stride: Any) -> Any:
+    """Store the lanes of an f32x16, `stride` bytes apart."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = args[0]
+        for lane in range(16):
+            store_to(builder, place, builder.extract_element(args[1], constant(I32, lane)))
+            place = builder.add(place, args[2])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, f32x16, types.int64), lower
 
 
 @intrinsic

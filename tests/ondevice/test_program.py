@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import layout
+from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.operation import CompiledFunction
-from ondevice.program import LINE, Program, float_bits, zeros
+from ondevice.program import FEWEST_PANELS, LINE, MOST_PANELS, Program, float_bits, zeros
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 64, 1000])
@@ -44,8 +45,9 @@ def test_a_name_cannot_mean_two_sizes() -> None:
 @pytest.mark.parametrize(("rows", "matrices"), [(1, 1), (64, 1), (2048, 1), (512, 10), (10**6, 1)])
 def test_tasks_are_whole_groups_of_rows(rows: int, matrices: int, threads: int) -> None:
     task = Program(1, threads).rows_per_task(rows, matrices)
-    assert 8 <= task <= 64
-    assert task % 8 == 0
+    panels = task // ROWS
+    assert task == ROWS * panels and panels % 2 == 1
+    assert FEWEST_PANELS <= panels <= MOST_PANELS
 
 
 def test_floats_travel_as_bits() -> None:

@@ -19,7 +19,7 @@ from ondevice.kernels.dot.tile import (
     D,
     Layout,
     M,
-    ask,
+    ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
     full_codes,
@@ -278,13 +278,13 @@ def full_quad(layout, tile, block, row_bytes, rows, at):
 
 
 @inner
-def small_quads(layout, block_bytes, factor, tile, w, row_bytes, ahead, columns, rows):
+def small_quads(layout, block_bytes, factor, tile, w, row_bytes, columns, rows):
     """Small codes with an offset: `factor` times what the records hold is added."""
     totals = zero_floats(tile)
     for b in range(columns // BLOCK):
-        if b % 8 == 0:
-            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
         block, at = w + block_bytes * b, BLOCK * b
+        if b % 4 == 0:
+            ask_quad(block, row_bytes, 4 * block_bytes)
         sums, d, _ = small_quad(layout, tile, block, row_bytes, rows, at)
         sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), factor), 1)
         totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
@@ -292,13 +292,13 @@ def small_quads(layout, block_bytes, factor, tile, w, row_bytes, ahead, columns,
 
 
 @inner
-def quads_with_min(layout, block_bytes, tile, w, row_bytes, ahead, columns, rows):
+def quads_with_min(layout, block_bytes, tile, w, row_bytes, columns, rows):
     """Small codes with a minimum."""
     totals = zero_floats(tile)
     for b in range(columns // BLOCK):
-        if b % 8 == 0:
-            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
         block, at = w + block_bytes * b, BLOCK * b
+        if b % 4 == 0:
+            ask_quad(block, row_bytes, 4 * block_bytes)
         sums, d, m = small_quad(layout, tile, block, row_bytes, rows, at)
         below = spread(tile, rows, sums_at(columns, b), 1)
         totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
@@ -307,13 +307,13 @@ def quads_with_min(layout, block_bytes, tile, w, row_bytes, ahead, columns, rows
 
 
 @inner
-def full_quads(layout, block_bytes, tile, w, row_bytes, ahead, columns, rows):
+def full_quads(layout, block_bytes, tile, w, row_bytes, columns, rows):
     """Full bytes."""
     totals = zero_floats(tile)
     for b in range(columns // BLOCK):
-        if b % 8 == 0:
-            ask(ahead + 4 * block_bytes * b, 32 * block_bytes)
         block, at = w + block_bytes * b, BLOCK * b
+        if b % 4 == 0:
+            ask_quad(block, row_bytes, 4 * block_bytes)
         sums, d = full_quad(layout, tile, block, row_bytes, rows, at)
         sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), BIAS_FACTOR), 1)
         totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
@@ -394,8 +394,8 @@ def full_panel(tile, panel, rows, columns, start, size, totals):
 
 
 @quads.register(Q4_0)
-def q4_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return small_quads(Q4_0, 18, 1, tile, w, row_bytes, ahead, columns, rows)
+def q4_0_quads(layout, tile, w, row_bytes, columns, rows):
+    return small_quads(Q4_0, 18, 1, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(Q4_0)
@@ -414,8 +414,8 @@ def multiply_q4_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 
 
 @quads.register(Q4_1)
-def q4_1_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return quads_with_min(Q4_1, 20, tile, w, row_bytes, ahead, columns, rows)
+def q4_1_quads(layout, tile, w, row_bytes, columns, rows):
+    return quads_with_min(Q4_1, 20, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(Q4_1)
@@ -434,8 +434,8 @@ def multiply_q4_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 
 
 @quads.register(Q5_0)
-def q5_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return small_quads(Q5_0, 22, 2, tile, w, row_bytes, ahead, columns, rows)
+def q5_0_quads(layout, tile, w, row_bytes, columns, rows):
+    return small_quads(Q5_0, 22, 2, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(Q5_0)
@@ -454,8 +454,8 @@ def multiply_q5_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 
 
 @quads.register(Q5_1)
-def q5_1_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return quads_with_min(Q5_1, 24, tile, w, row_bytes, ahead, columns, rows)
+def q5_1_quads(layout, tile, w, row_bytes, columns, rows):
+    return quads_with_min(Q5_1, 24, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(Q5_1)
@@ -474,8 +474,8 @@ def multiply_q5_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 
 
 @quads.register(MXFP4)
-def mxfp4_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return small_quads(MXFP4, 17, 2, tile, w, row_bytes, ahead, columns, rows)
+def mxfp4_quads(layout, tile, w, row_bytes, columns, rows):
+    return small_quads(MXFP4, 17, 2, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(MXFP4)
@@ -494,8 +494,8 @@ def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, 
 
 
 @quads.register(IQ4_NL)
-def iq4_nl_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return full_quads(IQ4_NL, 18, tile, w, row_bytes, ahead, columns, rows)
+def iq4_nl_quads(layout, tile, w, row_bytes, columns, rows):
+    return full_quads(IQ4_NL, 18, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(IQ4_NL)
@@ -514,8 +514,8 @@ def multiply_iq4_nl(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o,
 
 
 @quads.register(Q8_0)
-def q8_0_quads(layout, tile, w, row_bytes, ahead, columns, rows):
-    return full_quads(Q8_0, 34, tile, w, row_bytes, ahead, columns, rows)
+def q8_0_quads(layout, tile, w, row_bytes, columns, rows):
+    return full_quads(Q8_0, 34, tile, w, row_bytes, columns, rows)
 
 
 @unpackers.register(Q8_0)

@@ -20,7 +20,7 @@ from ondevice.kernels.dot.tile import (
     D,
     Layout,
     M,
-    ask,
+    ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
     full_codes,
@@ -156,11 +156,11 @@ def add_quads(totals, empty_sums, sums, header, fields, rows, columns, b):
 
 
 @quads.register(Q4_K)
-def quad_q4_k(layout, tile, w, row_bytes, ahead, columns, rows):
+def quad_q4_k(layout, tile, w, row_bytes, columns, rows):
     totals = zero_floats(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 144 * b
-        ask(ahead + 4 * 144 * b, 4 * 144)
+        ask_quad(block, row_bytes, 144)
         header = load_quad(block, row_bytes)
         fields = six_bit_fields(header)
         scales, sums = fields, zero_sums(tile)
@@ -179,11 +179,11 @@ def quad_q4_k(layout, tile, w, row_bytes, ahead, columns, rows):
 
 
 @quads.register(Q5_K)
-def quad_q5_k(layout, tile, w, row_bytes, ahead, columns, rows):
+def quad_q5_k(layout, tile, w, row_bytes, columns, rows):
     totals, sixteen = zero_floats(tile), np.uint8(16)
     for b in range(columns // SUPERBLOCK):
         block = w + 176 * b
-        ask(ahead + 4 * 176 * b, 4 * 176)
+        ask_quad(block, row_bytes, 176)
         header = load_quad(block, row_bytes)
         fields = six_bit_fields(header)
         scales, sums = fields, zero_sums(tile)
@@ -208,11 +208,11 @@ def quad_q5_k(layout, tile, w, row_bytes, ahead, columns, rows):
 
 
 @quads.register(Q6_K)
-def quad_q6_k(layout, tile, w, row_bytes, ahead, columns, rows):
+def quad_q6_k(layout, tile, w, row_bytes, columns, rows):
     totals, upper = zero_floats(tile), np.uint8(0x30)
     for b in range(columns // SUPERBLOCK):
         block = w + 210 * b
-        ask(ahead + 4 * 210 * b, 4 * 210)
+        ask_quad(block, row_bytes, 210)
         all_scales = load_quad(block + 192, row_bytes)
         scales, sums = all_scales, zero_sums(tile)
         for half in range(2):
@@ -257,11 +257,11 @@ def iq4_xs_scale(first, second, j):
 
 
 @quads.register(IQ4_XS)
-def quad_iq4_xs(layout, tile, w, row_bytes, ahead, columns, rows):
+def quad_iq4_xs(layout, tile, w, row_bytes, columns, rows):
     totals = zero_floats(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 136 * b
-        ask(ahead + 4 * 136 * b, 4 * 136)
+        ask_quad(block, row_bytes, 136)
         header = load_quad(block, row_bytes)
         first, second = first_words(bitcast(u32x16, header)), second_words(bitcast(u32x16, header))
         sums = zero_sums(tile)

@@ -1,16 +1,20 @@
 """What the products of the block formats share: the loop nest over rows and tokens.
 
 A few tokens meet four rows at a time, straight from their blocks (`quad`). More tokens meet
-sixteen: the blocks of STEP columns are unpacked to a *panel* that stays in the first-level cache,
+sixteen at a time: the blocks of STEP columns are unpacked to a *panel* that stays in the
+first-level cache,
 
        0  codes    64 x (16 rows x 4 columns) u8
     4096  scales   16 x 16 i32, in the form of tiles.dots_scale
     5120  pairs     8 x 16 x 2 i16
-    5632  d, 5696 m  8 x 16 f32 each
+    5632  d, 6144 m  8 x 16 f32 each
 
 (how much of it is used is the format's business), and every token's sums of the sixteen rows wait
 in scratch for the next step. The value of an output is the same by either way: integer sums are
 exact, and the float sums take the steps in order, by the same expressions.
+
+The rows that are taken together lie far apart, the first of each quarter or sixteenth of what is
+to be done: processors ask memory ahead by themselves for a few streams, each in pages of its own.
 
 A loop nest is written once and takes a `Layout`: a Numba type, so `unpack(layout, ...)` is resolved
 while compiling, and, unlike a function passed as an argument, leaves machine code that can be kept
@@ -42,8 +46,9 @@ from ondevice.kernels.tiles import (
     BIASED,
     MOST_TOKENS,
     WOVEN,
+    scatter,
+    store_apart,
     store_first,
-    store_quads,
     tile1,
     tile2,
     tile4,
@@ -60,8 +65,8 @@ CHUNK = 128
 """Tokens whose sums wait in scratch; their activations of a step stay in the first-level cache."""
 SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
 PANEL = 6656
-AHEAD = 8192
-"""Bytes between what a quad of rows reads and what it asks of memory."""
+AHEAD = 1024
+"""Bytes between what four rows read and what they ask of memory."""
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
@@ -107,6 +112,13 @@ def ask(address, size):
     """Ask memory for `size` bytes."""
     for line in range(0, size, 64):
         prefetch(address + line)
+
+
+@inner
+def ask_quad(block, row_bytes, size):
+    """Ask memory for `size` bytes AHEAD of the blocks of four rows."""
+    for quarter in range(4):
+        ask(block + quarter * row_bytes + AHEAD, size)
 
 
 @inner
@@ -240,10 +252,10 @@ def rows_of_eight(tile, base, row_bytes, index, token):
     )
 
 
-def quad(layout, tile, w, row_bytes, ahead, columns, rows):
+def quad(layout, tile, w, row_bytes, columns, rows):
     """Four rows, `row_bytes` apart, times the tokens at the addresses `rows`: a tile of f32x16.
 
-    A quarter of each vector is a row. `ahead` is where to ask memory for what comes next.
+    A quarter of each vector is a row.
     """
     raise NotImplementedError("only inside compiled kernels")
 
@@ -269,16 +281,14 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
     """All rows times the tile's tokens."""
     records = rows_at(tile, a, a_bytes, i, token)
     results = rows_at(tile, out, o_bytes, o, token)
-    if rows < 4:
-        for r in range(rows):
-            row = w + r * row_bytes
-            store_first(quad(layout, tile, row, 0, row, columns, records), results, 4 * r)
-        return
-    for r in range(0, rows, 4):
-        r = min(r, rows - 4)  # the last four overlap
+    part = rows // 4
+    for r in range(part):
         row = w + r * row_bytes
-        totals = quad(layout, tile, row, row_bytes, row + AHEAD, columns, records)
-        store_quads(totals, results, 4 * r)
+        totals = quad(layout, tile, row, part * row_bytes, columns, records)
+        store_apart(totals, results, 4 * r, 4 * part)
+    for r in range(4 * part, rows):
+        row = w + r * row_bytes
+        store_first(quad(layout, tile, row, 0, columns, records), results, 4 * r)
 
 
 @inner
@@ -289,16 +299,19 @@ def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, totals
 
 
 @inner
-def many(layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s):
-    """Sixteen rows times the tokens first .. last, at most CHUNK of them."""
+def many(
+    layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s, apart
+):
+    """Sixteen rows, `row_bytes` apart, times the tokens first .. last, at most CHUNK of them.
+
+    Results are stored `apart` bytes from each other.
+    """
     totals = s + PANEL
     for t in range(last - first):
         store(totals + 64 * t, zero(f32x16))
     for start in range(0, columns, STEP):
         size = min(STEP, columns - start)
         step = start // STEP
-        # the next sixteen rows follow these, and are used when all columns of these are done
-        ask(w + ROWS * (row_bytes + step * step_bytes), ROWS * step_bytes)
         unpack(layout, w + step * step_bytes, row_bytes, size, s)
         t = first
         if EIGHT:
@@ -319,7 +332,7 @@ def many(layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes,
             to = totals + 64 * (t - first)
             some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, to)
     for t in range(last - first):
-        store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
+        scatter(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t), apart)
 
 
 @inner
@@ -330,32 +343,21 @@ def multiply(
 
     step_bytes: bytes of STEP columns of a row.
     """
-    if tokens < WIDE or rows < ROWS:
-        t = 0
-        while t + 2 <= tokens:
-            few(layout, tile2, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t)
-            t += 2
-        if t < tokens:
-            few(layout, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t)
-        return
+    part = rows // ROWS if tokens >= WIDE else 0
     for first in range(0, tokens, CHUNK):
         last = min(tokens, first + CHUNK)
-        for r in range(0, rows, ROWS):
-            r = min(r, rows - ROWS)  # the last sixteen overlap
+        for r in range(part):
             row, to = w + r * row_bytes, out + 4 * r
             many(
-                layout,
-                step_bytes,
-                row,
-                row_bytes,
-                columns,
-                a,
-                a_bytes,
-                i,
-                to,
-                o_bytes,
-                o,
-                first,
-                last,
-                s,
-            )
+                layout, step_bytes, row, part * row_bytes, columns, a, a_bytes, i,
+                to, o_bytes, o, first, last, s, 4 * part,
+            )  # fmt: skip
+    done = ROWS * part
+    rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
+    if left > 0:
+        t = 0
+        while t + 2 <= tokens:
+            few(layout, tile2, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t)
+            t += 2
+        if t < tokens:
+            few(layout, tile1, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels.dot import tile
+from ondevice.kernels.dot import blocks, expanded, floats, k_quants, tile
 from ondevice.kernels.formats import READERS
 from quant.registry import FORMATS
 from tests.ondevice.kernels.harness import (
@@ -34,6 +34,11 @@ LESSER = ["F16", "Q8_0", "Q4_0", "Q5_1", "MXFP4", "Q4_K", "Q5_K", "Q6_K", "IQ4_X
 def column_counts(name: str) -> list[int]:
     length = FORMATS[name].length
     return [1, 5, 15, 16, 33, 100] if length == 1 else [length, 2 * length, 5 * length]
+
+
+def test_every_family_of_formats_is_here() -> None:
+    families = {module.__name__ for module in (blocks, expanded, floats, k_quants)}
+    assert {reader.multiply.__module__ for reader in READERS.values()} == families
 
 
 @EACH

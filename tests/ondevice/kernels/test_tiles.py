@@ -148,8 +148,10 @@ def test_full_bytes(left: Draw, right: Draw) -> None:
 def quad(w: int, a: int, out: int) -> None:
     tokens = (a,)
     codes, scales = load(u8x64, w), load(i16x32, w + 192)
-    scaled = tiles.quad_dot_scaled(tiles.zero_sums(tile1), codes, tokens, 8, scales)
     start = tiles.zero_sums(tile1)
+    dots = tiles.quad_dot(tiles.zero_dots(tile1), codes, tokens, 8)
+    others = tiles.quad_dot(tiles.zero_dots(tile1), codes, tokens, 24)
+    scaled = tiles.add_two_dots(start, dots, others, scales)
     plain = tiles.end_dots(start, tiles.quad_dot(tiles.begin_dots(start), codes, tokens, 8))
     words = tiles.quad_dot_words(start, scales, tokens, 8)
     totals, ones = tiles.zero_floats(tile1), load(f32x16, w + 128)
@@ -159,25 +161,28 @@ def quad(w: int, a: int, out: int) -> None:
     tiles.store_floats(out + 64, plain)
     words = tiles.add_scaled(totals, tiles.fold_quads(words), ones, tokens, 68)
     tiles.store_floats(out + 128, words)
-    tiles.store_quads(scaled, (out + 192,), 0)
-    tiles.store_first(scaled, (out + 192,), 16)
-    tiles.store_folded(scaled, (out + 192,), 20)
+    tiles.store_apart(scaled, (out + 192,), 0, 8)
+    tiles.store_first(scaled, (out + 192,), 4)
+    tiles.store_folded(scaled, (out + 192,), 12)
+    tiles.scatter(out + 256, load(f32x16, out), 8)
 
 
 @EDGES
 def test_quad(left: Draw, right: Draw) -> None:
     w, a = left(0, 63, 64).astype(np.uint8), right(-127, 127, 64).astype(np.int8)
-    scales = left(-128, 127, 4)
-    memory = np.concatenate([weights(w), scales.repeat(8).astype(np.int16).view(np.uint8)])
-    out = call(quad, memory, inputs(a), 4)
-    dots = w.reshape(4, 16).astype(int) @ a[8:24].astype(int)
-    assert (out[0] == (dots * scales).repeat(4)).all()
+    scales = left(-128, 127, 8).reshape(4, 2)
+    memory = np.concatenate([weights(w), scales.repeat(4).astype(np.int16).view(np.uint8)])
+    out = call(quad, memory, inputs(a), 6)
+    dots, others = (w.reshape(4, 16).astype(int) @ a[i : i + 16].astype(int) for i in (8, 24))
+    scaled = dots * scales[:, 0] + others * scales[:, 1]
+    assert (out[0] == rounded(scaled.repeat(4))).all()
     assert (out[1] == dots.repeat(4)).all()
-    words = scales * a[8:24].view(np.int16).astype(int).sum()
-    assert (out[2] == rounded(words.repeat(4))).all()
-    assert (out[3, :4] == dots * scales).all()
-    assert out[3, 4] == (dots * scales)[0]
-    assert out[3, 5] == 4 * (dots * scales).sum()
+    pairs = a[8:24].view(np.int16).astype(int).reshape(2, 4).sum(1)
+    assert (out[2] == rounded((scales @ pairs).repeat(4))).all()
+    assert (out[3, :8:2] == rounded(scaled)).all()
+    assert out[3, 1] == rounded(scaled)[0]
+    assert abs(out[3, 3] - 4 * scaled.sum()) <= 2e-7 * 4 * abs(scaled).sum()
+    assert (out[4:].reshape(-1)[::2] == out[0]).all()
 
 
 @three_integers
