@@ -105,14 +105,14 @@ def add_rest(layout, size, w, columns, record, result):
 @inner
 def all_rows(layout, size, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t):
     """All rows times the tile's tokens, from token t on."""
-    records = rows_at(tile, a, a_bytes, i, t)
+    records = rows_at(tile, a, a_bytes, i, t, t + 8)
     r = 0
     while r + 4 <= rows:
-        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
         four_rows(layout, size, tile, w + r * row_bytes, row_bytes, columns, records, results)
         r += 4
     while r < rows:
-        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
         one_row(layout, size, tile, w + r * row_bytes, columns, records, results)
         r += 1
 
