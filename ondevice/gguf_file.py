@@ -13,11 +13,12 @@ import mmap
 import os
 import re
 import stat
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class GGUFFile:
         self.metadata = parts[0].metadata
         self.nbytes = sum(part.size for part in parts)
         self._maps = [part.map for part in parts]
+        self._identities = [part.identity for part in parts]
         self.tensors = {tensor.name: tensor for part in parts for tensor in part.tensors()}
 
     @classmethod
@@ -78,8 +80,16 @@ class GGUFFile:
             return cls(opened)
         except BaseException:
             for part in opened:
-                part.map.close()
+                part.close()
             raise
+
+    def check(self) -> None:
+        """Error if a part was written to or cut since it was opened.
+
+        One that was renamed, replaced by another or deleted is still there for us.
+        """
+        for identity in self._identities:
+            identity.check()
 
     def close(self) -> None:
         """Let go of the file; arrays still held elsewhere keep their part mapped."""
@@ -89,7 +99,9 @@ class GGUFFile:
                 mapped.close()
             except BufferError:  # a view is alive: unmapped when the last one goes
                 continue
-        self._maps = []
+        for identity in self._identities:
+            identity.close()
+        self._maps, self._identities = [], []
 
     def __enter__(self) -> Self:
         return self
@@ -103,12 +115,36 @@ class GGUFFile:
         self.close()
 
 
+class _Identity:
+    """What tells whether a file is as it was when it was opened: its size and time of change."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._number = os.dup(file.fileno())
+        self.close = weakref.finalize(self, os.close, self._number)
+        """Let go of the file; a second call does nothing."""
+        status = os.fstat(self._number)
+        self._size, self._changed = status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        status = os.fstat(self._number)
+        if status.st_size != self._size:
+            raise Error(
+                f"{self._path}: the file changed while it was open: it had {self._size:,} bytes "
+                f"and has {status.st_size:,}; open the model again"
+            )
+        if status.st_mtime_ns != self._changed:
+            raise Error(
+                f"{self._path}: the file was written to while it was open; open the model again"
+            )
+
+
 class _Part:
     """One mapped file, read up to its tensor data and checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.map = _map(path)
+        self.map, self.identity = _map(path)
         self.size = len(self.map)
         try:
             cursor = Cursor(path, self.map)
@@ -119,8 +155,12 @@ class _Part:
             self.data_start = _padded(cursor.position, self.alignment)
             self._check_layout()
         except BaseException:
-            self.map.close()
+            self.close()
             raise
+
+    def close(self) -> None:
+        self.map.close()
+        self.identity.close()
 
     def tensors(self) -> Iterator[Tensor]:
         """The part's tensors as views of the mapping."""
@@ -162,8 +202,8 @@ class _Part:
         return self.data_start + max(record.start + record.nbytes for record in self.records)
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The file as shared read-only memory."""
+def _map(path: Path) -> tuple[mmap.mmap, _Identity]:
+    """The file as shared read-only memory, and what it is like now."""
     try:
         # looked at before opening: opening a pipe would wait for a writer
         status = path.stat()
@@ -173,7 +213,8 @@ def _map(path: Path) -> mmap.mmap:
         if status.st_size == 0:
             raise Error(f"{path}: empty file (0 bytes)")
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mapped, _Identity(path, file)
     except FileNotFoundError:
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or emptied meanwhile

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ondevice.budget import Needs, Plan, plan
 from ondevice.chat import Template
 from ondevice.config import Config
+from ondevice.experts import Counts, Pool
 from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import expand, layout, sample
 from ondevice.kernels.attention import CACHES
 from ondevice.kernels.formats import READERS
+from ondevice.kernels.store import read
 from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
 from ondevice.layers.attention import attention, positions
 from ondevice.layers.deltanet import deltanet, memory_bytes
@@ -37,7 +40,7 @@ from ondevice.tokenizer import Tokenizer
 from ondevice.weights import Weights
 from quant.compiling import Compilation, Report
 from quant.cores import cores
-from quant.errors import Error, ResourceError, UsageError
+from quant.errors import Error, UsageError
 from quant.format import Array
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ class Model:
         self.path = path
         self._closed = False
         self.kv = _cache_type(kv)
+        self._pool: Pool | None = None
         self._file = GGUFFile.open(path)
         try:
             self.config = Config.from_gguf(self._file)
@@ -76,7 +80,14 @@ class Model:
             threads = _threads(threads)
             building = time.perf_counter()
             self._build(weights, threads)
-            compilation = Compilation([begin, serve, *self._decode.kernels], progress)
+            self.plan = self._plan(weights, memory)
+            functions = [begin, serve]
+            if self.plan.cached:
+                self._pool = Pool(weights, self.config)
+                weights = Weights(self._file, self.config, self._pool.read_tensor)
+                self._build(weights, threads)
+                functions.append(read)
+            compilation = Compilation([*functions, *self._decode.kernels], progress)
             self.compile_seconds = time.perf_counter() - building
             with compilation:
                 self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
@@ -85,12 +96,13 @@ class Model:
                 self.sampling = _recommended(path, self._file.metadata)
                 waiting = time.perf_counter()
             self.compile_seconds += time.perf_counter() - waiting
-            own = sum(program.nbytes for program in self._programs) + self._scratch.nbytes
-            cache = cache_bytes(self.config, self.context, self.kv)
-            _check_memory(memory, self._file.nbytes + own, cache, self.config, self.context)
+            if self._pool is not None:
+                self._pool.allocate(self.plan.pool)
             self._team = Team(threads)
             self._pace = Pace(threads)
         except BaseException:
+            if self._pool is not None:
+                self._pool.close()
             self._file.close()
             raise
         self.ends = np.zeros(self.config.vocabulary, np.uint8)
@@ -121,7 +133,7 @@ class Model:
             else:
                 mixed = attention(program, config, weights, layer, x, batch, index, self.kv)
                 index += 1
-            moe(program, config, weights, layer, x, mixed)
+            moe(program, config, weights, layer, x, mixed, self._pool)
         self._prefill = program.take()
         head = Program(HEAD_ROWS, threads)
         output_norm = weights.vector("output_norm.weight", config.hidden)
@@ -133,6 +145,25 @@ class Model:
         self._programs: tuple[Program, ...] = (program, head)
         self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
+
+    def _plan(self, weights: Weights, memory: int | None) -> Plan:
+        config = self.config
+        with Pool(weights, config) as pool:
+            needs = Needs(
+                file=self._file.nbytes,
+                dense=weights.dense_bytes,
+                keys_and_values=cache_bytes(config, self.context, self.kv),
+                delta_memory=state_bytes(config),
+                buffers=sum(program.nbytes for program in self._programs) + self._scratch.nbytes,
+                least_pool=pool.least_bytes,
+                most_pool=pool.most_bytes,
+            )
+        return plan(needs, memory, self.path)
+
+    @property
+    def expert_counts(self) -> Counts:
+        """What the pool of experts has done since the start; nothing where the file is mapped."""
+        return self._pool.counts if self._pool is not None else Counts()
 
     # ---- the native calls ----
 
@@ -166,7 +197,24 @@ class Model:
     def run(self, program: Operations, step: Array, profile: Array | None = None) -> None:
         """Run a program on all threads."""
         with self._alone() as team:
-            team.run(program.records, step, profile)
+            self._run(team, program, step, profile)
+
+    def _run(
+        self,
+        team: Team,
+        program: Operations,
+        step: Array,
+        profile: Array | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Run a program; Error if an expert could not be read, or the file has changed."""
+        self._file.check()
+        step[layout.OUTCOME] = 0
+        team.run(program.records, step, profile, threads)
+        if self._pool is not None and step[layout.OUTCOME] == layout.READ_FAILED:
+            fault = self._pool.fault()
+            self._file.check()
+            raise fault
 
     def prefill(
         self, state: State, step: Array, tokens: Array, profile: Array | None = None
@@ -207,7 +255,11 @@ class Model:
             started = time.perf_counter()
             try:
                 chosen = threads or self._pace.choose()
-                team.run(self._decode.records, step, profile, chosen)
+                self._run(team, self._decode, step, profile, chosen)
+            except Error:
+                state.reset()  # some layers have taken a token in that others have not
+                step[layout.POSITION] = 0
+                raise
             finally:
                 tokens = int(step[layout.POSITION]) - state.position
                 state.position += tokens
@@ -269,11 +321,11 @@ class Model:
                 count = len(tokens_of_batch)
                 step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, start, 0
                 step[layout.TOKENS] = tokens_of_batch.ctypes.data
-                team.run(self._prefill.records, step)
+                self._run(team, self._prefill, step)
                 for first in range(0, count, HEAD_ROWS):
                     rows = min(HEAD_ROWS, count - first)
                     step[[layout.COUNT, layout.FIRST]] = rows, first
-                    team.run(self._head.records, step)
+                    self._run(team, self._head, step)
                     values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes]
                     values = values.view(np.float32).reshape(HEAD_ROWS, row)
                     result[start + first : start + first + rows] = values[:rows, :vocabulary]
@@ -328,6 +380,8 @@ class Model:
             if not self._closed:
                 self._closed = True
                 self._team.close()
+                if self._pool is not None:
+                    self._pool.close()
                 self._programs = ()  # they hold on to the file's memory
                 self._file.close()
 
@@ -372,14 +426,3 @@ def _context(wanted: int | None, config: Config) -> int:
             f"the context is {wanted}; this model takes 1 to {config.context_length} tokens"
         )
     return wanted
-
-
-def _check_memory(memory: int | None, fixed: int, cache: int, config: Config, context: int) -> None:
-    if memory is not None and not isinstance(memory, int):
-        raise UsageError(f"memory is {memory!r}; it must be a whole number of bytes")
-    needed = fixed + state_bytes(config) + cache
-    if memory is not None and memory < needed:
-        raise ResourceError(
-            f"a memory budget of {memory:,} bytes is below the {needed:,} that this model takes "
-            f"with a context of {context}"
-        )

@@ -16,8 +16,10 @@ from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import (
     ARGUMENTS,
+    BACK,
     BARRIER,
     KERNEL,
+    LOOP,
     OPERATION_WORDS,
     PER_TOKEN,
     TASKS,
@@ -147,17 +149,25 @@ class Program:
         times: int = 0,
         then: int = BARRIER,
         label: str = "",
+        loop: int = 0,
+        back: int = 0,
     ) -> None:
         """One operation and what may follow it; kernels.layout says what the options mean."""
-        assert len(arguments) <= OPERATION_WORDS - ARGUMENTS
+        assert len(arguments) <= LOOP - ARGUMENTS
         words: list[int | CompiledFunction] = [0] * OPERATION_WORDS
         words[KERNEL], words[TASKS], words[PER_TOKEN] = kernel, tasks, int(per_token)
         words[TIMES], words[THEN] = times, then
+        words[LOOP], words[BACK] = loop, back
         words[ARGUMENTS : ARGUMENTS + len(arguments)] = [
             value if isinstance(value, CompiledFunction) else int(value) for value in arguments
         ]
         self._operations.append(words)
         self._labels.append(label or kernel.__name__)
+
+    @property
+    def length(self) -> int:
+        """How many operations were added since the last `take`."""
+        return len(self._operations)
 
     def take(self) -> "Operations":
         """The operations added since the last call."""
@@ -190,6 +200,7 @@ class Program:
         readers: Sequence[Matrix],
         addend: Buffer | None = None,
         then: int = BARRIER,
+        times: int = 0,
     ) -> Activation:
         """x += addend, if given; then the root-mean-square norm of x."""
         result = self.activation(name, len(weight), readers)
@@ -206,6 +217,7 @@ class Program:
             result.floats.row_bytes,
             *record_arguments(result),
             per_token=True,
+            times=times,
             then=then,
         )
         return result
@@ -224,7 +236,23 @@ class Program:
                 then=then,
             )
 
-    def linear(self, matrix: Matrix, x: Activation, name: str, then: int = BARRIER) -> Buffer:
+    def quantize_slots(self, x: Activation, routing: int) -> None:
+        """Fill the records of the slots of a wave of experts, where x has any."""
+        if x.records:
+            self.add(
+                experts.quantize,
+                x.floats.address,
+                x.floats.row_bytes,
+                x.columns,
+                *record_arguments(x),
+                routing,
+                times=routing,
+                label="quantize slots",
+            )
+
+    def linear(
+        self, matrix: Matrix, x: Activation, name: str, then: int = BARRIER, times: int = 0
+    ) -> Buffer:
         """The matrix times every token."""
         out = self.buffer(name, 4 * matrix.rows)
         source = x.as_read_by(matrix)
@@ -242,6 +270,7 @@ class Program:
             out.row_bytes,
             chunk,
             tasks=-(-matrix.rows // chunk),
+            times=times,
             then=then,
             label=f"linear: {name}",
         )
@@ -297,6 +326,8 @@ class Program:
         routing: int = 0,
         touched: int = 1,
         then: int = BARRIER,
+        loop: int = 0,
+        back: int = 0,
     ) -> None:
         """out := the matrix times hidden, for every token or for every slot of a routing."""
         source = hidden.as_read_by(matrix)
@@ -319,6 +350,8 @@ class Program:
             times=routing,
             then=then,
             label="expert down" if routing else "shared down",
+            loop=loop,
+            back=back,
         )
 
     def reader(self, matrix: Matrix) -> CompiledFunction:

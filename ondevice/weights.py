@@ -22,7 +22,7 @@ nextn.hnorm, nextn.shared_head_norm (H,). Rows of `ssm_in` are put into the newe
 memory, whatever their format: blocks run along a row, so whole rows can move without loss.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,12 +58,19 @@ class Matrix:
 
 
 class Weights:
-    """The tensors of `file` by name, each checked against the shape the model needs."""
+    """The tensors of `file` by name, each checked against the shape the model needs.
 
-    def __init__(self, file: GGUFFile, config: Config) -> None:
+    With `read`, matrices outside expert stacks are what it gives for a tensor: private memory.
+    """
+
+    def __init__(
+        self, file: GGUFFile, config: Config, read: Callable[[Tensor], Array] | None = None
+    ) -> None:
         self.path = file.path
         self.tensors = file.tensors
         self.config = config
+        self._read = read
+        self._private: dict[str, Array] = {}
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -85,15 +92,35 @@ class Weights:
         shape = (rows, columns) if experts is None else (experts, rows, columns)
         tensor = self.tensor(name, shape)
         row_bytes = tensor.format.row_bytes(columns)
+        data = tensor.data
+        if self._read is not None and experts is None:
+            if name not in self._private:
+                self._private[name] = self._read(tensor)
+            data = self._private[name]
         return Matrix(
             name=name,
-            address=tensor.address,
+            address=int(data.__array_interface__["data"][0]),
             rows=rows,
             columns=columns,
             row_bytes=row_bytes,
             format=tensor.format,
             experts=experts or 1,
-            owner=tensor.data,
+            owner=data,
+        )
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes of the matrices in private memory."""
+        return sum(data.nbytes for data in self._private.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the matrices outside expert stacks that a forward pass reads."""
+        blocks = tuple(f"blk.{layer}." for layer in range(self.config.layers))
+        return sum(
+            self.tensors[name].nbytes
+            for name, shape in self.needed()
+            if len(shape) == 2 and name.startswith((*blocks, "token_embd", "output"))
         )
 
     def array(self, name: str, *shape: int) -> Array:

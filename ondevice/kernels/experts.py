@@ -10,16 +10,32 @@ a task of the products is one touched expert and a chunk of its rows, with all o
 batch reads each touched expert once. Results are kept per slot and added up per token in the order
 of choice, so a token's result does not depend on the batch.
 
-The routing record (int64): number of touched experts; addresses of int32 arrays: the experts'
-numbers, where each one's slots begin (one more than experts), the slots, and the slots' tokens.
+Experts are read where the file maps them, or from a pool (kernels/store.py).
 """
 
 import numpy as np
 
-from ondevice.kernels.activation import exponential, sigmoid_of, silu_times
+from ondevice.kernels.activation import exponential, quantize_row, sigmoid_of, silu_times
 from ondevice.kernels.layout import COUNT, WORD, argument, word
 from ondevice.kernels.linear import call_rows
 from ondevice.kernels.operation import operation
+from ondevice.kernels.routing import (
+    AGAIN,
+    ALL,
+    DOWN_MASK,
+    GATE_UP_MASK,
+    NUMBERS,
+    PLACE_DOWN,
+    PLACE_GATE,
+    PLACE_UP,
+    SLOT_TOKENS,
+    SLOTS,
+    STARTS,
+    STORE,
+    TOUCHED,
+    place_of,
+    task_slots,
+)
 from ondevice.kernels.simd import (
     f32x16,
     fma,
@@ -38,10 +54,7 @@ from ondevice.kernels.simd import (
     store_some,
     zero,
 )
-from quant.jit import inner
-
-ROUTING_WORDS = 8
-TOUCHED, NUMBERS, STARTS, SLOTS, SLOT_TOKENS = range(5)  # tasks are counted by the first
+from ondevice.kernels.store import await_slices
 
 
 @operation
@@ -116,22 +129,8 @@ def group(op, step, task, scratch):
         begin = end
     store_i32(starts + 4 * touched, begin)
     store_i64(routing + WORD * TOUCHED, touched)
-
-
-@inner
-def task_slots(routing, index, count):
-    """(expert, address of its slots, of their tokens, how many) of the index-th touched expert.
-
-    Without a routing record: expert 0 with every token, and 0 for the identity.
-    """
-    if routing == 0:
-        return 0, 0, 0, count
-    expert = load_i32(load_i64(routing + WORD * NUMBERS) + 4 * index)
-    starts = load_i64(routing + WORD * STARTS) + 4 * index
-    begin = load_i32(starts)
-    slots = load_i64(routing + WORD * SLOTS) + 4 * begin
-    tokens = load_i64(routing + WORD * SLOT_TOKENS) + 4 * begin
-    return expert, slots, tokens, load_i32(starts + 4) - begin
+    store_i64(routing + WORD * ALL, touched)
+    store_i64(routing + WORD * AGAIN, 0)
 
 
 @operation
@@ -153,11 +152,18 @@ def gate_up(op, step, task, scratch):
     start = task % chunks * chunk
     used = min(chunk, rows - start)
     g, u = gate_out + 4 * start, up_out + 4 * start
-    w = gate + expert * gate_bytes + start * gate_row
+    gate, up = gate + expert * gate_bytes, up + expert * up_bytes
+    place = place_of(routing, task // chunks)
+    if place != 0:
+        store = word(routing, STORE)
+        if not await_slices(store, step, place, word(routing, GATE_UP_MASK), scratch):
+            return
+        gate, up = word(place, PLACE_GATE), word(place, PLACE_UP)
+    w = gate + start * gate_row
     x = (gate_x, gate_x_bytes, tokens)
     to = (g, out_bytes, slots)
     call_rows(gate_kernel, (w, gate_row, used, columns, *x, *to, size, scratch))
-    w = up + expert * up_bytes + start * up_row
+    w = up + start * up_row
     x = (up_x, up_x_bytes, tokens)
     to = (u, out_bytes, slots)
     call_rows(up_kernel, (w, up_row, used, columns, *x, *to, size, scratch))
@@ -182,10 +188,34 @@ def down(op, step, task, scratch):
     expert, slots, _, size = task_slots(routing, task // chunks, word(step, COUNT))
     start = task % chunks * chunk
     used = min(chunk, rows - start)
-    w = weights + expert * expert_bytes + start * row_bytes
+    weights += expert * expert_bytes
+    place = place_of(routing, task // chunks)
+    if place != 0:
+        store = word(routing, STORE)
+        if not await_slices(store, step, place, word(routing, DOWN_MASK), scratch):
+            return
+        weights = word(place, PLACE_DOWN)
+    w = weights + start * row_bytes
     source = (x, x_bytes, slots)
     to = (out + 4 * start, out_bytes, slots)
     call_rows(kernel, (w, row_bytes, used, columns, *source, *to, size, scratch))
+
+
+@operation
+def quantize(op, step, index, scratch):
+    """The int8 records of the slots of one expert of a wave.
+
+    (floats, bytes, columns, per_256, bytes, per_32, bytes, routing record)
+    """
+    x, x_bytes, columns = argument(op, 0), argument(op, 1), argument(op, 2)
+    per_256, per_256_bytes = argument(op, 3), argument(op, 4)
+    per_32, per_32_bytes = argument(op, 5), argument(op, 6)
+    _, slots, _, size = task_slots(argument(op, 7), index, 0)
+    for i in range(size):
+        slot = load_i32(slots + 4 * i)
+        at_256 = per_256 + slot * per_256_bytes if per_256 != 0 else 0
+        at_32 = per_32 + slot * per_32_bytes if per_32 != 0 else 0
+        quantize_row(x + slot * x_bytes, columns, at_256, at_32)
 
 
 @operation

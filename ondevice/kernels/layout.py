@@ -20,6 +20,8 @@ PER_TOKEN = 2
 TIMES = 3
 THEN = 4  # what may follow
 ARGUMENTS = 5  # first argument
+LOOP = 30  # 0, or address of an int64: unless that is 0, its group is followed by an earlier one,
+BACK = 31  # which begins so many operations before the next
 
 BARRIER = 0  # THEN: the next operation begins when all tasks of this one are done
 BESIDE = 1  # the next operation's tasks may run at the same time
@@ -45,6 +47,7 @@ CANCEL = 14  # set by another thread: stop at the next token
 ABORT = 15  # set by another thread: stop at the next barrier, the state is lost
 OUTCOME = 16  # 0 fine, otherwise the code of what went wrong
 NOT_FINITE = 1  # OUTCOME: a logit was NaN or infinite
+READ_FAILED = 2  # OUTCOME: an expert could not be read
 
 
 @inner

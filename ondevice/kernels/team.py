@@ -28,13 +28,17 @@ from numba.core import types
 
 from ondevice.kernels.layout import (
     ABORT,
+    BACK,
     BARRIER,
     CANCEL,
     CHAIN,
     COUNT,
     KERNEL,
+    LOOP,
     OPERATION_WORDS,
+    OUTCOME,
     PER_TOKEN,
+    READ_FAILED,
     REPEAT,
     SCRATCH,
     SCRATCH_BYTES,
@@ -128,7 +132,12 @@ def open_group(control, first, turn):
 def go_on(control, turn):
     """The group is done: open the next one, the first again, or none."""
     step, following = word(control, STEP), word(control, NEXT)
+    ended = operation_at(control, following - 1)
+    loop = word(ended, LOOP)
+    if loop != 0 and load_i64(loop) != 0:
+        following -= word(ended, BACK)
     aborted = atomic_load(step + WORD * ABORT) != 0 and word(step, COUNT) > 1
+    aborted |= word(step, OUTCOME) == READ_FAILED
     last = following == word(control, OPERATIONS)
     if aborted or (last and word(step, REPEAT) == 0):
         atomic_store(control + WORD * TICKET, ENDED << TURN)

@@ -10,16 +10,29 @@ HF: Qwen3NextSparseMoeBlock in transformers, models/qwen3_next/modeling_qwen3_ne
 import numpy as np
 
 from ondevice.config import Config
+from ondevice.experts import Pool
 from ondevice.kernels import experts as kernels
-from ondevice.kernels.layout import BARRIER, BESIDE, CHAIN
+from ondevice.kernels import routing as record
+from ondevice.kernels import store
+from ondevice.kernels.layout import BARRIER, BESIDE, CHAIN, WORD
 from ondevice.program import Buffer, Program
 from ondevice.weights import Weights
+from quant.format import Array
 
 
 def moe(
-    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, mixed: Buffer
+    program: Program,
+    config: Config,
+    weights: Weights,
+    layer: int,
+    x: Buffer,
+    mixed: Buffer,
+    pool: Pool | None = None,
 ) -> None:
-    """x += mixed, the token mixer's output, then x += experts(norm(x)); in place."""
+    """x += mixed, the token mixer's output, then x += experts(norm(x)); in place.
+
+    Experts are in the mapping, or come from `pool`.
+    """
     last = layer + 1 == config.layers
     block = f"blk.{layer}"
     hidden, width, shared = config.hidden, config.expert_width, config.shared_width
@@ -34,7 +47,13 @@ def moe(
     readers = (router, openness, gate, up, shared_gate, shared_up)
 
     ffn_norm = weights.vector(f"{block}.post_attention_norm.weight", hidden)
-    h = program.norm(x, ffn_norm, config.norm_epsilon, "experts input", readers, addend=mixed)
+    guessing = pool is not None and not last
+    h = program.norm(
+        x, ffn_norm, config.norm_epsilon, "experts input", readers, mixed,
+        then=CHAIN if guessing else BARRIER,
+    )  # fmt: skip
+    if pool is not None and guessing:
+        guess = _next_logits(program, config, weights, layer + 1, x, pool)
     logits = program.linear(router, h, "router logits", then=BESIDE)
     opening = program.linear(openness, h, "shared opening")
 
@@ -42,21 +61,58 @@ def moe(
     chosen = program.keep(np.zeros(slots, np.int32))
     shares = program.keep(np.zeros(slots, np.float32))
     routing = _routing_record(program, count, slots)
+    routing_address = program.keep(routing)
+    if pool is not None and guessing:
+        likely = program.keep(np.zeros(slots, np.int32))
+        program.add(
+            kernels.route,
+            *(guess.address, guess.row_bytes, count, k, likely),
+            program.keep(np.zeros(slots, np.float32)),
+            per_token=True,
+            times=pool.address + WORD * store.GUESSING,
+            then=BESIDE,
+            label="guess route",
+        )
     program.add(
         kernels.route, logits.address, logits.row_bytes, count, k, chosen, shares, per_token=True
     )
-    program.add(kernels.group, chosen, count, k, routing)
-
     inner = program.activation("expert hidden", width, (down,), k)
     shared_inner = program.activation("shared hidden", shared, (shared_down,))
-    program.gate_up(gate, up, h, inner, "expert", routing, k, then=BESIDE)
-    program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
-    program.quantize(inner, then=BESIDE if shared_inner.records else BARRIER)
-    program.quantize(shared_inner)
     outputs = program.buffer("expert outputs", 4 * hidden, k)
     shared_output = program.buffer("shared output", 4 * hidden)
-    program.down(down, inner, outputs, routing, k, then=BESIDE)
-    program.down(shared_down, shared_inner, shared_output)
+    group = (chosen, count, k, routing_address)
+    if pool is None:
+        program.add(kernels.group, *group)
+        program.gate_up(gate, up, h, inner, "expert", routing_address, k, then=BESIDE)
+        program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
+        program.quantize(inner, then=BESIDE if shared_inner.records else BARRIER)
+        program.quantize(shared_inner)
+        program.down(down, inner, outputs, routing_address, k, then=BESIDE)
+        program.down(shared_down, shared_inner, shared_output)
+    else:
+        order = program.keep(np.zeros(count, np.int32))
+        places = program.keep(np.zeros(count * record.PLACE_WORDS, np.int64))
+        pool.connect(routing, layer, order, places)
+        claim = (pool.address, layer, routing_address)
+        program.add(kernels.group, *group, then=CHAIN)
+        program.add(store.claim, *claim, then=BESIDE)
+        program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
+        wave = program.length
+        if guessing:
+            program.add(
+                store.guess,
+                *(pool.address, layer + 1, likely, k, program.keep(np.zeros(2 * count, np.int32))),
+                routing_address,
+                times=pool.address + WORD * store.GUESSING,
+                then=BESIDE,
+            )
+        program.gate_up(gate, up, h, inner, "expert", routing_address, k)
+        program.quantize_slots(inner, routing_address)
+        program.down(down, inner, outputs, routing_address, k)
+        program.quantize(shared_inner, then=BESIDE)
+        loop = routing_address + WORD * record.AGAIN
+        program.add(store.claim_more, *claim, loop=loop, back=program.length + 1 - wave)
+        program.down(shared_down, shared_inner, shared_output)
     program.add(
         kernels.combine,
         *(x.address, x.row_bytes, hidden, outputs.address, outputs.row_bytes, k, shares),
@@ -66,10 +122,21 @@ def moe(
     )
 
 
-def _routing_record(program: Program, experts: int, slots: int) -> int:
-    record = np.zeros(kernels.ROUTING_WORDS, np.int64)
-    record[kernels.NUMBERS] = program.keep(np.zeros(experts, np.int32))
-    record[kernels.STARTS] = program.keep(np.zeros(experts + 1, np.int32))
-    record[kernels.SLOTS] = program.keep(np.zeros(slots, np.int32))
-    record[kernels.SLOT_TOKENS] = program.keep(np.zeros(slots, np.int32))
-    return program.keep(record)
+def _next_logits(
+    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, pool: Pool
+) -> Buffer:
+    """What the next layer's router makes of the stream that enters this layer's experts."""
+    norm = weights.vector(f"blk.{layer}.post_attention_norm.weight", config.hidden)
+    router = weights.matrix(f"blk.{layer}.ffn_gate_inp.weight", config.experts, config.hidden)
+    h = program.norm(x, norm, config.norm_epsilon, "guess input", (router,))
+    times = pool.address + WORD * store.GUESSING
+    return program.linear(router, h, "guess", then=BESIDE, times=times)
+
+
+def _routing_record(program: Program, experts: int, slots: int) -> Array:
+    routing = np.zeros(record.ROUTING_WORDS, np.int64)
+    routing[record.NUMBERS] = program.keep(np.zeros(experts, np.int32))
+    routing[record.STARTS] = program.keep(np.zeros(experts + 1, np.int32))
+    routing[record.SLOTS] = program.keep(np.zeros(slots, np.int32))
+    routing[record.SLOT_TOKENS] = program.keep(np.zeros(slots, np.int32))
+    return routing

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import experts
+from ondevice.kernels import routing as routing_record
 from ondevice.kernels.formats import READERS
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
@@ -53,8 +54,10 @@ class Routing:
             np.full(length, -1, np.int32) for length in lengths
         )
         arrays = (self.numbers, self.starts, self.order, self.tokens)
-        self.record = np.zeros(experts.ROUTING_WORDS, np.int64)
-        self.record[experts.NUMBERS : experts.NUMBERS + 4] = [a.ctypes.data for a in arrays]
+        self.record = np.zeros(routing_record.ROUTING_WORDS, np.int64)
+        self.record[routing_record.NUMBERS : routing_record.NUMBERS + 4] = [
+            a.ctypes.data for a in arrays
+        ]
 
 
 def group(chosen: Array, count: int) -> Routing:
@@ -113,7 +116,7 @@ def test_threads_do_not_change_routes() -> None:
 def test_groups_hold_every_slot_once_in_order(tokens: int, count: int, k: int) -> None:
     chosen = random_choice(tokens, count, k)
     routing = group(chosen, count)
-    touched = routing.record[experts.TOUCHED]
+    touched = routing.record[routing_record.TOUCHED]
     assert routing.numbers[:touched].tolist() == np.unique(chosen).tolist()
     assert routing.starts[touched] == chosen.size
     for i, expert in enumerate(routing.numbers[:touched]):

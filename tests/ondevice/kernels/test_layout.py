@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ondevice.kernels import experts, layout, sample, team
+from ondevice.kernels import layout, routing, sample, team
 from ondevice.kernels.simd import store_i64
 from tests.ondevice.kernels.harness import three_integers
 
@@ -32,7 +32,7 @@ ROUTING = ("TOUCHED", "NUMBERS", "STARTS", "SLOTS", "SLOT_TOKENS")
         (layout, STEP, layout.STEP_WORDS),
         (team, CONTROL, team.CONTROL_WORDS - 2 * team.MOST_THREADS + 1),
         (sample, SAMPLER, sample.SAMPLER_WORDS),
-        (experts, ROUTING, experts.ROUTING_WORDS),
+        (routing, ROUTING, routing.ROUTING_WORDS),
     ],
 )
 def test_words_are_distinct_and_inside(module: object, names: tuple[str, ...], words: int) -> None:

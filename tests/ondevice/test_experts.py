@@ -1,0 +1,339 @@
+"""Experts from a pool: the same bits as from the mapping, and what happens when reads fail."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+import ondevice
+from ondevice.kernels import store
+from ondevice.model import Model
+from quant.errors import Error, ResourceError
+from quant.format import Array
+from tests.ondevice.gguf_builder import Shape as Built
+from tests.ondevice.gguf_builder import encode_f16, tiny_model
+from tools.random_checkpoint import Shape, write_checkpoint
+
+SHAPE = Shape(
+    hidden=256, layers=8, experts=64, experts_used=6, expert_width=256, shared_width=256, mtp=False
+)
+TOKENS = np.random.default_rng(1).integers(0, 384, 700).tolist()
+CONTEXT = 1024
+Read = Callable[[int, int, int, int], int]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 8 layers with 64 experts each, in two sizes of slabs."""
+    folder = tmp_path_factory.mktemp("experts")
+    target = folder / "model.gguf"
+    convert.convert(write_checkpoint(folder / "checkpoint", SHAPE), target, type="Q4_K_M")
+    return target
+
+
+@pytest.fixture(scope="module")
+def mapped(path: Path) -> Iterator[Model]:
+    with ondevice.load(path, threads=2, context=CONTEXT) as model:
+        assert not model.plan.cached
+        model.ends[:] = 0
+        yield model
+
+
+def budget(model: Model, pool: int) -> int:
+    """Bytes that leave so many for the pool."""
+    needs = model.plan.needs
+    return min(needs.dense + needs.working + pool, needs.mapped - (1 << 20))
+
+
+def small(model: Model) -> int:
+    """The smallest budget."""
+    return budget(model, model.plan.needs.least_pool)
+
+
+@contextlib.contextmanager
+def cached(mapped: Model, memory: int, threads: int = 2) -> Iterator[Model]:
+    with ondevice.load(mapped.path, threads=threads, context=CONTEXT, memory=memory) as model:
+        assert model.plan.cached
+        assert model.plan.total <= memory
+        model.ends[:] = 0
+        yield model
+
+
+def bits(values: Array) -> list[int]:
+    return [int(word) for word in values.view(np.uint32).ravel()]
+
+
+# ---- the same bits ----
+
+
+@pytest.fixture(scope="module")
+def expected(mapped: Model) -> tuple[list[int], list[int], list[int]]:
+    answer = list(mapped.generate(TOKENS[:40], max_tokens=40, temperature=0.0))
+    return bits(mapped.logits(TOKENS[:9])), bits(mapped.logits(TOKENS)[-1]), answer
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pool_of_any_size_gives_the_same_bits(
+    share: float, threads: int, mapped: Model, expected: tuple[list[int], list[int], list[int]]
+) -> None:
+    needs = mapped.plan.needs
+    pool = round(needs.least_pool + share * (needs.most_pool - needs.least_pool))
+    with cached(mapped, budget(mapped, pool), threads) as model:
+        for _ in range(2):  # from an empty pool, and from one that is warm
+            assert bits(model.logits(TOKENS[:9])) == expected[0]
+            assert bits(model.logits(TOKENS)[-1]) == expected[1]
+            assert list(model.generate(TOKENS[:40], max_tokens=40, temperature=0.0)) == expected[2]
+        assert model.expert_counts.misses > 0
+        assert model.expert_counts.hits > 0
+
+
+def test_a_chat_says_the_same(mapped: Model) -> None:
+    def talk(model: Model) -> list[str]:
+        session = model.session(sampling=ondevice.Sampling(temperature=0.7, seed=3))
+        answers = []
+        for text in ("Hello", "And then?"):
+            completion = session.send(text)
+            completion.max_tokens = min(completion.max_tokens, 30)
+            answers.append("".join(completion))
+        return answers
+
+    with cached(mapped, small(mapped)) as model:
+        assert talk(model) == talk(mapped)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_other_layouts_and_formats(fused: bool, tmp_path: Path) -> None:
+    shape = Built(layers=5, experts=24, experts_used=3, expert_width=64)
+    path = tiny_model(tmp_path / "m.gguf", shape=shape, fused=fused, encode=encode_f16)
+    ids = list(range(60))
+    with ondevice.load(path, threads=2, context=128) as model:
+        logits, memory = bits(model.logits(ids)), small(model)
+    with ondevice.load(path, threads=2, context=128, memory=memory) as model:
+        assert model.plan.cached
+        assert bits(model.logits(ids)) == logits
+
+
+def test_a_batch_reads_each_expert_once(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        model.logits(TOKENS[:512])
+        counts = model.expert_counts
+        size = max(shelf.slab_bytes for shelf in model._pool._shelves.values())  # type: ignore[union-attr]
+        touched = counts.hits + counts.late + counts.misses
+        assert touched <= SHAPE.layers * SHAPE.experts
+        assert counts.bytes_read <= (touched + 2 * SHAPE.layers) * size
+
+
+def test_decoding_uses_what_is_there(mapped: Model) -> None:
+    with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
+        list(model.generate(TOKENS[:600], max_tokens=20, temperature=0.0))
+        before = model.expert_counts
+        list(model.generate(TOKENS[:40], max_tokens=20, temperature=0.0))
+        assert (model.expert_counts - before).hit_rate > 0.9
+
+
+# ---- budgets ----
+
+
+def test_a_budget_below_the_least(mapped: Model) -> None:
+    least = mapped.plan.needs.least
+    with pytest.raises(ResourceError, match=f"{least - 1:,} bytes is below the {least:,}"):
+        ondevice.load(mapped.path, context=CONTEXT, memory=least - 1)
+    ondevice.load(mapped.path, context=CONTEXT, memory=least).close()
+
+
+def test_two_models_with_budgets(mapped: Model) -> None:
+    want = list(mapped.generate(TOKENS[:40], max_tokens=20, temperature=0.0))
+    with cached(mapped, small(mapped)) as one, cached(mapped, small(mapped) + (1 << 20)) as two:
+        pieces = zip(
+            one.generate(TOKENS[:40], max_tokens=20, temperature=0.0),
+            two.generate(TOKENS[:40], max_tokens=20, temperature=0.0),
+            strict=True,
+        )
+        assert list(pieces) == [(token, token) for token in want]
+
+
+# ---- a file that changes ----
+
+
+@pytest.fixture
+def copied(path: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+@contextlib.contextmanager
+def answering(copied: Path, mapped: Model) -> Iterator[tuple[Model, Iterator[int]]]:
+    """A model with the smallest pool in the middle of an answer."""
+    with ondevice.load(copied, threads=2, context=CONTEXT, memory=small(mapped)) as model:
+        model.ends[:] = 0
+        answer = model.generate(TOKENS[:40], max_tokens=600, temperature=0.0)
+        next(answer)
+        yield model, answer
+
+
+def test_a_file_cut_while_it_is_read(copied: Path, mapped: Model) -> None:
+    with answering(copied, mapped) as (_, answer):
+        size = copied.stat().st_size
+        os.truncate(copied, size // 2)
+        with pytest.raises(Error, match=rf"had {size:,} bytes and has {size // 2:,}") as caught:
+            list(answer)
+        assert str(copied) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_overwritten_in_place(copied: Path, mapped: Model) -> None:
+    with answering(copied, mapped) as (model, answer):
+        with copied.open("r+b") as file:
+            file.seek(1 << 20)
+            file.write(bytes(100))
+        with pytest.raises(Error, match="was written to"):
+            list(answer)
+        with pytest.raises(Error, match="was written to"):  # and so does every request after it
+            model.logits([1])
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_file_whose_name_is_gone(how: str, copied: Path, mapped: Model, tmp_path: Path) -> None:
+    want = list(mapped.generate(TOKENS[:40], max_tokens=100, temperature=0.0))
+    with answering(copied, mapped) as (model, _):
+        if how == "deleted":
+            copied.unlink()
+        else:
+            other = tmp_path / "other"
+            other.write_bytes(bytes(1000))
+            other.replace(copied)
+        assert list(model.generate(TOKENS[:40], max_tokens=100, temperature=0.0)) == want
+
+
+# ---- a disk that fails or is slow ----
+
+
+@contextlib.contextmanager
+def disk(model: Model, read: Read) -> Iterator[None]:
+    """Has readers call `read` instead of the system."""
+    assert model._pool is not None
+    words = model._pool._store
+    kind = ctypes.CFUNCTYPE(
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+    )
+    callback = kind(read)
+    real = int(words[store.READ_AT])
+    words[store.READ_AT] = ctypes.cast(callback, ctypes.c_void_p).value or 0
+    try:
+        yield
+    finally:
+        time.sleep(0.1)  # reads under way end
+        words[store.READ_AT] = real
+
+
+def really(file: int, address: int, nbytes: int, offset: int) -> int:
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    return os.preadv(file, [memory], offset)
+
+
+def test_a_read_error_ends_the_answer_and_nothing_else(mapped: Model) -> None:
+    want = list(mapped.generate(TOKENS[:40], max_tokens=20, temperature=0.0))
+    with cached(mapped, small(mapped)) as model:
+        calls = 0
+
+        def failing(file: int, address: int, nbytes: int, offset: int) -> int:
+            nonlocal calls
+            calls += 1
+            return -1 if calls > 30 else really(file, address, nbytes, offset)
+
+        answer = model.generate(TOKENS[:40], max_tokens=500, temperature=0.0)
+        next(answer)
+        with disk(model, failing), pytest.raises(Error, match=r"bytes at byte [\d,]+ cannot be"):
+            list(answer)
+        assert list(model.generate(TOKENS[:40], max_tokens=20, temperature=0.0)) == want
+
+
+def test_a_session_goes_on_after_a_read_error(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        session, other = model.session(), mapped.session()
+        session.sampling = other.sampling = ondevice.Sampling(temperature=0.0)
+        first = session.send("Hello")
+        first.max_tokens = 30
+        assert next(first) is not None
+        with disk(model, lambda *_: -1), pytest.raises(Error, match="cannot be read"):
+            list(first)
+        again, expected = session.regenerate(), other.send("Hello")
+        again.max_tokens = expected.max_tokens = 30
+        assert "".join(again) == "".join(expected)
+
+
+def test_a_prefill_that_fails_leaves_the_state(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        with disk(model, lambda *_: -1), pytest.raises(Error, match="cannot be read"):
+            model.logits(TOKENS[:100])
+        assert bits(model.logits(TOKENS[:9])) == bits(mapped.logits(TOKENS[:9]))
+
+
+def test_a_slow_disk_only_takes_longer(mapped: Model) -> None:
+    want = list(mapped.generate(TOKENS[:9], max_tokens=4, temperature=0.0))
+    with cached(mapped, small(mapped)) as model:
+
+        def slow(file: int, address: int, nbytes: int, offset: int) -> int:
+            time.sleep(0.002)
+            return really(file, address, nbytes, offset)
+
+        with disk(model, slow):
+            assert list(model.generate(TOKENS[:9], max_tokens=4, temperature=0.0)) == want
+        assert model.expert_counts.waiting > 0
+
+
+def test_cancelling_during_a_miss(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        held = threading.Event()
+        go_on = threading.Event()
+
+        def stuck(file: int, address: int, nbytes: int, offset: int) -> int:
+            held.set()
+            go_on.wait(20)
+            return really(file, address, nbytes, offset)
+
+        session = model.session()
+        completion = session.send("Hello " * 30)
+        with disk(model, stuck):
+
+            def stop() -> None:
+                held.wait(20)
+                session.cancel()
+                time.sleep(0.2)
+                go_on.set()
+
+            thread = threading.Thread(target=stop)
+            thread.start()
+            started = time.perf_counter()
+            assert "".join(completion) == ""
+            assert completion.finish_reason == "cancel"
+            assert time.perf_counter() - started < 10
+            thread.join()
+        assert bits(model.logits(TOKENS[:9])) == bits(mapped.logits(TOKENS[:9]))
+
+
+def handles() -> tuple[int, int]:
+    """Open files and threads of this process."""
+    gc.collect()
+    return sum(1 for _ in Path("/dev/fd").iterdir()), threading.active_count()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_nothing_is_left(closed: bool, mapped: Model) -> None:
+    before = handles()
+    model = ondevice.load(mapped.path, threads=2, context=CONTEXT, memory=small(mapped))
+    list(model.generate(TOKENS[:40], max_tokens=5))
+    if closed:
+        model.close()
+    del model
+    assert handles() == before
