@@ -349,10 +349,10 @@ class Pool(AbstractContextManager["Pool"]):
 
     def grow(self, nbytes: int) -> None:
         """Use again, while no program runs, about so many of the bytes that were given back."""
+        share = min(1.0, nbytes / max(1, self.given_bytes))
         for shelf in self._shelves.values():
             following, before, *_ = shelf.arrays
-            sentinel = int(shelf.record[store.SLABS])
-            count = min(nbytes // len(self._shelves) // shelf.slab_bytes, len(shelf.given))
+            sentinel, count = int(shelf.record[store.SLABS]), round(share * len(shelf.given))
             for _ in range(count):
                 slab, first = shelf.given.pop(), int(following[sentinel])
                 following[slab], before[slab] = first, sentinel

@@ -14,8 +14,10 @@ import pytest
 
 import convert
 import ondevice
+from ondevice import bench, inspection
 from ondevice.kernels import store
 from ondevice.model import Model
+from ondevice.usage import Usage
 from quant.errors import Error, ResourceError
 from quant.format import Array
 from tests.ondevice.gguf_builder import Shape as Built
@@ -337,3 +339,117 @@ def test_nothing_is_left(closed: bool, mapped: Model) -> None:
         model.close()
     del model
     assert handles() == before
+
+
+# ---- memory that comes and goes ----
+
+
+def test_a_pool_shrinks_and_grows_again(mapped: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = list(mapped.generate(TOKENS[:300], max_tokens=30, temperature=0.0))
+    with cached(mapped, budget(mapped, mapped.plan.needs.most_pool // 2)) as model:
+        pool = model._pool
+        assert pool is not None
+        least = sum(pool._least(shelf) for shelf in pool._shelves.values())
+        monkeypatch.setattr("ondevice.model.LOOK_SECONDS", 0.0)
+        before = pool.slabs
+        for free in (100 << 20, 300 << 20, 250 << 20, 0, 0, 4 << 30, 100 << 20, 4 << 30):
+            monkeypatch.setattr("ondevice.model.available", lambda free=free: free)
+            assert list(model.generate(TOKENS[:300], max_tokens=30, temperature=0.0)) == want
+            assert least <= pool.slabs <= before
+        assert pool.slabs == before
+        assert pool.given_bytes == 0
+
+
+def test_shrinking_gives_the_system_its_memory_back(mapped: Model) -> None:
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
+        for start in range(0, 600, 100):
+            model.logits(TOKENS[start : start + 100])
+        pool = model._pool
+        assert pool is not None
+        full = resident()
+        given = pool.shrink(30 << 20)
+        assert given >= 25 << 20
+        assert full - resident() > given // 2
+        assert bits(model.logits(TOKENS[:9])) == bits(mapped.logits(TOKENS[:9]))
+
+
+def test_the_next_start_is_warm(mapped: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = budget(mapped, mapped.plan.needs.most_pool // 2)
+    with cached(mapped, memory) as model:
+        list(model.generate(TOKENS[:40], max_tokens=200, temperature=0.0))
+    with cached(mapped, memory) as model:
+        model._warming.join(30)
+        assert not model._warming.is_alive()
+        assert model.expert_counts.misses == 0
+        want = bits(mapped.logits(TOKENS[:9]))
+        assert bits(model.logits(TOKENS[:9])) == want
+        warm = model.expert_counts
+    monkeypatch.setattr("ondevice.usage.load", lambda name, config: Usage.none(config))
+    with cached(mapped, memory) as model:
+        model.logits(TOKENS[:9])
+        assert warm.bytes_read < 0.85 * model.expert_counts.bytes_read
+
+
+def test_a_request_ends_the_warming(mapped: Model) -> None:
+    with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
+        model.logits([1])
+        model._warming.join(5)
+        assert not model._warming.is_alive()
+
+
+# ---- what is told ----
+
+
+def test_an_answer_knows_what_came_from_disk(mapped: Model) -> None:
+    assert mapped.complete(TOKENS[:40], max_tokens=3).limit.endswith("the whole model is in memory")
+    with cached(mapped, small(mapped)) as model:
+        completion = model.complete(TOKENS[:40], max_tokens=20)
+        assert "".join(completion) is not None
+        timings = completion.timings
+        assert 0 <= timings["expert_hit_rate"] < 1
+        assert timings["disk_bytes"] > 0
+        assert timings["disk_wait_seconds"] > 0
+        assert "limits the speed" in completion.limit
+
+
+def test_the_bench_counts_the_disk(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        found = bench.run(model, prompt=32, generate=8, repeat=1)
+    assert 0 < found["expert_hit_rate"] < 1
+    assert found["disk_bytes_per_token"] > 0
+    assert found["disk_bandwidth"] > 0
+    assert 0 < found["disk_wait_fraction"] < 1
+    limit = found["disk_bandwidth"] / found["disk_bytes_per_token"]
+    assert found["decode_limit_tokens_per_second"] <= limit * 1.001
+    assert "from disk" not in bench.report(found)
+    assert "of experts were in memory" in bench.report(found)
+
+
+def test_a_plan_and_a_forecast(mapped: Model) -> None:
+    memory = small(mapped)
+    found = inspection.predict(mapped.path, memory, context=CONTEXT)
+    assert found["experts_from"] == "disk"
+    assert found["total"] == sum(found["parts"].values()) <= memory
+    assert 0 <= found["expert_hit_rate"] < 1
+    assert found["tokens_per_second"] > 0
+    assert "in all" in inspection.prediction_table(found)
+    whole = inspection.predict(mapped.path, mapped.plan.needs.mapped + (1 << 20), context=CONTEXT)
+    assert whole["experts_from"] == "memory"
+    assert whole["disk_bytes_per_token"] == 0
+    assert whole["tokens_per_second"] > found["tokens_per_second"]
+    with pytest.raises(ResourceError, match="below the"):
+        inspection.predict(mapped.path, 1 << 20)
+
+
+def test_a_tight_budget_shortens_a_context_that_nobody_asked_for(path: Path) -> None:
+    planned = Model.planned(path)
+    assert planned.context == 8192
+    needs = planned.plan.needs
+    tight = needs.working + needs.dense + needs.least_pool - needs.keys_and_values // 4
+    assert Model.planned(path, memory=tight).context == 4096
+    with pytest.raises(ResourceError):
+        Model.planned(path, memory=tight, context=8192)
