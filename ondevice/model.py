@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from ondevice.layers.moe import moe
 from ondevice.pace import Pace
 from ondevice.program import Operations, Program, zeros
 from ondevice.sampling import Sampling
+from ondevice.snapshots import LEAST_MEMORY, Snapshots
 from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
@@ -100,6 +102,7 @@ class Model:
                 self._pool.allocate(self.plan.pool)
             self._team = Team(threads)
             self._pace = Pace(threads)
+            self.snapshots = Snapshots(max(LEAST_MEMORY, self.plan.needs.delta_memory))
         except BaseException:
             if self._pool is not None:
                 self._pool.close()
@@ -369,6 +372,23 @@ class Model:
 
         return Session(self, system, sampling)
 
+    def restore(self, path: str | Path) -> "Session":
+        """The conversation that `Session.save` wrote to a file, ready to go on.
+
+        Error, with the reason in one line, if the file is damaged, is no such file, or was made
+        with another model, another `kv`, or more tokens than this model's context holds.
+        """
+        from ondevice.session_file import restore
+
+        return restore(self, Path(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others: states can only be exchanged where it is the same."""
+        with self._alone():
+            self._file.check()
+            return self._file.fingerprint()
+
     @property
     def logits_address(self) -> int:
         """Where the head writes the logits of its first row."""
@@ -379,6 +399,7 @@ class Model:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self.snapshots.close()
                 self._team.close()
                 if self._pool is not None:
                     self._pool.close()

@@ -5,22 +5,50 @@ rendering up to the last answer, and then the answer's own tokens, which need no
 encoding its text would give. So a new rendering is compared with the one before up to its last
 control token, the answer is recognised by its text, and only what follows is new. A template that
 rewrites earlier turns makes the session begin again from the start, with the same result.
+
+Going back is one rule for editing, answering again, branching and dropping turns. The session
+knows the tokens that its state took, and the copies of the state that were kept on the way. Given
+the tokens of the next prompt it returns to the last copy within what the two have in common, and
+reads the rest. So a result is always that of a fresh run over the same tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ondevice.chat import common_prefix
 from ondevice.generate import Completion
 from ondevice.sampling import Sampling
-from ondevice.state import Snapshot, State
+from ondevice.snapshots import History
+from ondevice.state import State
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
     from ondevice.model import Model
 
 
+@dataclass(slots=True)
+class Turn:
+    """A message and its answer.
+
+    Its answer is `tokens[prompt:end]` of the session's tokens, or unknown (None) where a
+    template has written it anew.
+    """
+
+    text: str
+    answer: str | None = None
+    """None while it runs."""
+    prompt: int | None = None
+    end: int | None = None
+
+
 class Session:
-    """Turns of a conversation; one answer at a time. Made by `Model.session`."""
+    """Turns of a conversation; one answer at a time. Made by `Model.session`.
+
+    A turn is a message and its answer, counted from 0, or from -1 backwards.
+    """
 
     def __init__(self, model: "Model", system: str | None, sampling: Sampling | None) -> None:
         self.model = model
@@ -28,17 +56,24 @@ class Session:
         self.last: Completion | None = None
         """The latest answer, running or done."""
         self._state = State(model.config, model.context, model.kv)
-        self._messages: list[dict[str, str]] = []
+        self._history = History(model.snapshots)
+        self._turns: list[Turn] = []
+        # What the state has taken in are the first of these; the running answer is not among them.
+        self._tokens: list[int] = []
         self._system = system
-        self._rendered: list[int] = []  # the latest prompt as the template gives it
-        self._taken: list[int] = []  # the latest prompt as the state takes it
-        self._start: Snapshot | None = None
+        self._rendered: list[int] = []  # the latest prompt as the template gives it, if known
+        self._rendered_system = system
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far, without the system message."""
         self._settle()
-        return [dict(message) for message in self._messages]
+        return _messages(self._turns)
+
+    @property
+    def turns(self) -> int:
+        """How many turns there are."""
+        return len(self._turns)
 
     @property
     def system(self) -> str | None:
@@ -58,25 +93,87 @@ class Session:
     def send(self, text: str) -> Completion:
         """Answer a message: an iterator over pieces of text."""
         self._settle()
-        messages = [*self._messages, {"role": "user", "content": text}]
-        completion = self._answer(messages)
-        self._messages = messages
-        return completion
+        return self._answer(self._turns, text)
 
-    def regenerate(self) -> Completion:
-        """Answer the last message again, in place of the last answer."""
+    def edit(self, turn: int, text: str) -> Completion:
+        """Answer another message in place of a turn's; the turns after it are forgotten."""
         self._settle()
-        if not self._messages or self.last is None:
+        return self._answer(self._turns[: self._index(turn)], text)
+
+    def regenerate(self, turn: int | None = None) -> Completion:
+        """Answer a turn's message again, the last one's by default; later turns are forgotten."""
+        self._settle()
+        if not self._turns:
             raise UsageError("there is no answer to make again")
-        self._messages.pop()
-        rendered = self.model.template.encode([*self._system_message(), *self._messages])
-        if rendered != self._rendered:  # the system message is another one
-            self.last = None
-            return self._answer(self._messages)
-        if self._start is not None:
-            self._state.restore(self._start)
-        self.last = self._completion(self._taken)
-        return self.last
+        index = self._index(-1 if turn is None else turn)
+        again = self._turns[index]
+        if again.prompt is None or self._system != self._rendered_system:
+            return self._answer(self._turns[:index], again.text)
+        if index < len(self._turns) - 1:
+            self._rendered = []
+        taken = self._tokens[: again.prompt]
+        return self._begin(self._turns[:index], again.text, taken, self._rendered)
+
+    def branch(self, turn: int | None = None) -> "Session":
+        """A new session with the turns up to this one, the last by default, and their state."""
+        self._settle()
+        last = self._index(-1 if turn is None else turn) if self._turns or turn is not None else -1
+        other = Session(self.model, self._system, self.sampling)
+        other._turns = [replace(kept) for kept in self._turns[: last + 1]]
+        end = other._turns[-1].end if other._turns else 0
+        other._tokens = self._tokens[:end]
+        other._rendered_system = self._rendered_system
+        other._history = self._history.shared(len(other._tokens))
+        held = max([self.position, *self._history.positions])
+        count = self._state.tiles_to(min(held, len(other._tokens)))
+        other._state.tiles[:, :count] = self._state.tiles[:, :count]
+        if self.position <= len(other._tokens):
+            other._state.memory[:] = self._state.memory
+            other._state.position = self.position
+        else:
+            other._history.restore(other._state, len(other._tokens))
+        return other
+
+    def undo(self) -> str:
+        """Take back the last turn; the message that it answered."""
+        self._settle()
+        if not self._turns:
+            raise UsageError("there is no turn to take back")
+        text = self._turns.pop().text
+        self.last = None
+        self._rendered = []
+        end = self._turns[-1].end if self._turns else 0
+        if end is not None:
+            self._go_to(self._tokens[:end], end)
+        return text
+
+    def trim(self, turns: int | None = None) -> tuple[int, int]:
+        """Drop the oldest turns, by default until the rest takes at most half of the context.
+
+        The system message and the last turn stay. Returns how many turns were dropped, and how
+        many tokens the rest has, of which the next answer reads those anew that follow the
+        system message. UsageError if there are not so many turns.
+        """
+        self._settle()
+        most = len(self._turns) - 1
+        if (turns is None and most < 1) or (turns is not None and not 1 <= turns <= most):
+            raise UsageError(
+                f"the conversation has {len(self._turns)} turns, of which the last one stays; "
+                f"{'none' if most < 1 else f'1 to {most}'} can be dropped"
+            )
+        dropped = turns or 1
+        while True:
+            kept = self._turns[dropped:]
+            messages = [*self._system_message(), *_messages(kept)]
+            taken = self.model.template.encode(messages, add_generation_prompt=False)
+            if turns is not None or dropped == most or 2 * len(taken) <= self.model.context:
+                break
+            dropped += 1
+        self._turns = [Turn(turn.text, turn.answer) for turn in kept]
+        self._rendered, self._rendered_system = [], self._system
+        self.last = None
+        self._go_to(taken, len(taken))
+        return dropped, len(taken)
 
     def cancel(self) -> None:
         """Stop the answer at its next token; from any thread."""
@@ -86,47 +183,78 @@ class Session:
     def clear(self) -> None:
         """Forget the conversation, except for the system message."""
         self._settle()
-        self._messages = []
+        self._turns = []
         self.last = None
-        self._start = None
-        self._rendered, self._taken = [], []
+        self._rendered, self._tokens = [], []
+        self._history.clear()
         self._state.reset()
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and its state to a file, which `Model.restore` opens.
+
+        The file gets its name only when it is complete. ResourceError if it cannot be written.
+        """
+        from ondevice.session_file import save
+
+        self._settle()
+        save(self, Path(path))
 
     def _system_message(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self._system}] if self._system else []
 
-    def _answer(self, messages: list[dict[str, str]]) -> Completion:
+    def _index(self, turn: int) -> int:
+        count = len(self._turns)
+        if not isinstance(turn, int) or isinstance(turn, bool) or not -count <= turn < count:
+            there = f"there are {count}, from 0" if count else "there is none"
+            raise UsageError(f"the turn is {turn!r}; {there}")
+        return turn % count
+
+    def _answer(self, turns: list[Turn], text: str) -> Completion:
+        """Answer a message after these turns, which become the conversation."""
+        messages = [*_messages(turns), {"role": "user", "content": text}]
         rendered = self.model.template.encode([*self._system_message(), *messages])
-        new = self._after_last_answer(rendered)
+        new = self._after_last_answer(turns, rendered)
         if new is None:
-            taken = rendered
-            self.model.check_room(len(taken))
-            self._state.reset()
-        else:
-            taken = self._taken + self._answer_tokens() + new
-            self.model.check_room(len(taken))
-        self._rendered, self._taken = rendered, taken
+            return self._begin([Turn(t.text, t.answer) for t in turns], text, rendered, rendered)
+        return self._begin(turns, text, self._tokens[: turns[-1].end] + new, rendered)
+
+    def _begin(
+        self, turns: list[Turn], text: str, taken: list[int], rendered: list[int]
+    ) -> Completion:
+        """Answer the last of these tokens, having gone back as far as they demand."""
+        self.model.check_room(len(taken))
+        if len(self._tokens) - self.position <= 1:  # the end of an answer
+            self._history.add(self._state)
+        self._go_to(taken, len(taken) - 1)
         self.last = self._completion(taken)
+        self._turns = [*turns, Turn(text, prompt=len(taken))]
+        self._rendered, self._rendered_system = rendered, self._system
         return self.last
 
     def _completion(self, tokens: Sequence[int]) -> Completion:
-        self._start = None
-        return Completion(
-            self.model, self._state, tokens, self.sampling, when_prefilled=self._keep_start
-        )
+        # not a method of ours, or the session would only go when cycles are collected
+        reached = partial(self._history.add, self._state)
+        return Completion(self.model, self._state, tokens, self.sampling, when_reached=reached)
 
-    def _keep_start(self) -> None:
-        self._start = self._state.snapshot()
+    def _go_to(self, tokens: list[int], most: int) -> None:
+        """Let the state be one that took the first of these tokens, at most so many."""
+        common = common_prefix(self._tokens, tokens)
+        self._history.cut(common)
+        self._history.restore(self._state, min(common, most))
+        self._tokens = tokens
 
-    def _answer_tokens(self) -> list[int]:
-        return self.last.tokens if self.last is not None else []
-
-    def _after_last_answer(self, rendered: list[int]) -> list[int] | None:
-        """What of a new rendering follows the state and the last answer; None if it departs."""
-        if self.last is None:
+    def _after_last_answer(self, turns: list[Turn], rendered: list[int]) -> list[int] | None:
+        """What of a new rendering follows the answer of the last turn; None if it departs."""
+        if not turns or turns[-1].end is None:
             return None
+        last = turns[-1]
+        old = self._rendered if len(turns) == len(self._turns) else []
+        if not old:
+            before = [*_messages(turns[:-1]), {"role": "user", "content": last.text}]
+            system = self._rendered_system
+            first = [{"role": "system", "content": system}] if system else []
+            old = self.model.template.encode([*first, *before])
         control = frozenset(self.model.tokenizer.control_tokens.values())
-        old = self._rendered
         cut = max((i for i, token in enumerate(old) if token in control), default=-1) + 1
         if rendered[:cut] != old[:cut]:
             return None
@@ -134,15 +262,26 @@ class Session:
         if end is None:
             return None
         decode = self.model.tokenizer.decode
-        expected = decode(old[cut:]) + decode(self._answer_tokens())
+        expected = decode(old[cut:]) + decode(self._tokens[last.prompt : last.end])
         if decode(rendered[cut:end]).strip() != expected.strip():
             return None
         return rendered[end:]
 
     def _settle(self) -> None:
         """Make what the last answer came to a part of the conversation, and end it if it runs."""
-        if self.last is None or not self._messages or self._messages[-1]["role"] != "user":
+        if self.last is None or not self._turns or self._turns[-1].answer is not None:
             return
         self.last.close()
-        text = self.model.tokenizer.decode(self.last.tokens)
-        self._messages.append({"role": "assistant", "content": text})
+        turn = self._turns[-1]
+        self._tokens = self._tokens + self.last.tokens
+        turn.answer = self.model.tokenizer.decode(self.last.tokens)
+        turn.end = len(self._tokens)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.text})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": turn.answer})
+    return messages
