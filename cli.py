@@ -319,14 +319,28 @@ def one_prompt(prompt: str | None, file: str | None) -> str:
 
 
 @main.command()
-@click.argument("model", default="demo")
+@click.argument("model", required=False)
 @click.option("-s", "--system", help="Tell the model how to behave, before the first message.")
+@click.option(
+    "--session",
+    "name",
+    metavar="NAME",
+    help="Keep the conversation by this name, or go on with it.",
+)
+@click.option(
+    "--continue",
+    "resume",
+    is_flag=True,
+    help="Go on with --session NAME, or with the most recent one.",
+)
 @click.option("--stats", is_flag=True, help="Show the speed after each answer.")
 @sampling_options
 @running_options
 def chat(
-    model: str,
+    model: str | None,
     system: str | None,
+    name: str | None,
+    resume: bool,
     stats: bool,
     threads: int | None,
     context: int | None,
@@ -334,17 +348,34 @@ def chat(
     kv: str,
     **sampling: Any,
 ) -> None:
-    """Talk with the model. Piped in, each line is a message and only the answers are printed."""
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    """Talk with the model, the demo by default, or the one that a session was made with.
+
+    Piped in, each line is a message and only the answers are printed.
+    """
+    if resume or name:
+        from ondevice import journal
+
+        if name is None:
+            name = next(iter(journal.names()), None)
+            if name is None:
+                raise UsageError("there is no session to continue; --session NAME begins one")
+        model = model or journal.model_of(name)
+    with load(model or "demo", threads=threads, context=context, memory=memory, kv=kv) as loaded:
         from ondevice import terminal
 
-        session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            terminal.interactive(session, stats=stats)
+        if name is None:
+            session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))
         else:
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-            terminal.piped(session, sys.stdin, sys.stdout, stats=sys.stderr if stats else None)
+            given = {key: value for key, value in sampling.items() if value is not None}
+            session = journal.open_session(loaded, name, system, options=given, must_exist=resume)
+            note(f"session {name}: {session.turns} turns, {session.position} tokens")
+        with contextlib.closing(session):
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                terminal.interactive(session, stats=stats)
+            else:
+                if isinstance(sys.stdin, io.TextIOWrapper):
+                    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+                terminal.piped(session, sys.stdin, sys.stdout, stats=sys.stderr if stats else None)
 
 
 @main.command()

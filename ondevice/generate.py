@@ -57,9 +57,11 @@ class Completion:
         when_reached: Callable[[], None] | None = None,
         stops: Sequence[int] = (),
         when_taken: Callable[[list[int]], None] | None = None,
+        when_ended: Callable[[], None] | None = None,
     ) -> None:
         """when_reached is called when the prompt is taken in, all but its last token, and before
-        that at the positions in `stops`; when_taken with the tokens of each burst."""
+        that at the positions in `stops`; when_taken with the tokens of each burst before anybody
+        sees them; when_ended when an answer has ended by itself or was cancelled."""
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1")
         prompt = model.checked(tokens)
@@ -82,6 +84,7 @@ class Completion:
         self._cancelled = False
         self._when_reached = when_reached
         self._when_taken = when_taken
+        self._when_ended = when_ended
         self._stops = sorted({*stops, len(prompt) - 1})
         self.prompt_tokens = len(prompt)
         self.prefilled_tokens = len(prompt) - state.position
@@ -168,6 +171,8 @@ class Completion:
             if self._when_taken is not None:
                 self._when_taken(tokens)
             yield tokens
+        if self._when_ended is not None:
+            self._when_ended()
 
     def _prefill(self) -> bool:
         from ondevice.model import BATCH

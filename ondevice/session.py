@@ -26,6 +26,7 @@ from ondevice.state import State
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
+    from ondevice.journal import Journal
     from ondevice.model import Model
 
 
@@ -55,6 +56,8 @@ class Session:
         self.sampling = sampling or model.sampling
         self.last: Completion | None = None
         """The latest answer, running or done."""
+        self.journal: Journal | None = None
+        """Where the session is recorded, if it has a name (`journal.open_session`)."""
         self._state = State(model.config, model.context, model.kv)
         self._history = History(model.snapshots)
         self._turns: list[Turn] = []
@@ -145,6 +148,7 @@ class Session:
         end = self._turns[-1].end if self._turns else 0
         if end is not None:
             self._go_to(self._tokens[:end], end)
+        self._changed()
         return text
 
     def trim(self, turns: int | None = None) -> tuple[int, int]:
@@ -173,6 +177,7 @@ class Session:
         self._rendered, self._rendered_system = [], self._system
         self.last = None
         self._go_to(taken, len(taken))
+        self._changed()
         return dropped, len(taken)
 
     def cancel(self) -> None:
@@ -188,6 +193,14 @@ class Session:
         self._rendered, self._tokens = [], []
         self._history.clear()
         self._state.reset()
+        self._changed()
+
+    def close(self) -> None:
+        """End a running answer, and let others have a recorded session."""
+        self._settle()
+        if self.journal is not None:
+            self.journal.close(self)
+            self.journal = None
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and its state to a file, which `Model.restore` opens.
@@ -225,6 +238,8 @@ class Session:
         self.model.check_room(len(taken))
         if len(self._tokens) - self.position <= 1:  # the end of an answer
             self._history.add(self._state)
+        if self.journal is not None:
+            self.journal.turn(self, turns, text, taken, common_prefix(self._tokens, taken))
         self._go_to(taken, len(taken) - 1)
         self.last = self._completion(taken)
         self._turns = [*turns, Turn(text, prompt=len(taken))]
@@ -232,9 +247,33 @@ class Session:
         return self.last
 
     def _completion(self, tokens: Sequence[int]) -> Completion:
-        # not a method of ours, or the session would only go when cycles are collected
-        reached = partial(self._history.add, self._state)
-        return Completion(self.model, self._state, tokens, self.sampling, when_reached=reached)
+        # Without a journal nothing refers back to us, so that memory is free when we go, and not
+        # when cycles are collected.
+        journal = self.journal
+        if journal is None:
+            reached = partial(self._history.add, self._state)
+            return Completion(self.model, self._state, tokens, self.sampling, when_reached=reached)
+        return Completion(
+            self.model,
+            self._state,
+            tokens,
+            self.sampling,
+            when_reached=self._reached,
+            when_taken=lambda _: journal.more(self._answer_tokens()),
+            when_ended=self._finish,
+        )
+
+    def _reached(self) -> None:
+        self._history.add(self._state)
+        if self.journal is not None:
+            self.journal.reached(self)
+
+    def _answer_tokens(self) -> list[int]:
+        return self.last.tokens if self.last is not None else []
+
+    def _changed(self) -> None:
+        if self.journal is not None:
+            self.journal.full(self)
 
     def _go_to(self, tokens: list[int], most: int) -> None:
         """Let the state be one that took the first of these tokens, at most so many."""
@@ -272,10 +311,18 @@ class Session:
         if self.last is None or not self._turns or self._turns[-1].answer is not None:
             return
         self.last.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        """The last answer is over: it is a part of the conversation."""
         turn = self._turns[-1]
-        self._tokens = self._tokens + self.last.tokens
-        turn.answer = self.model.tokenizer.decode(self.last.tokens)
+        answer = self._answer_tokens()
+        self._tokens = self._tokens + answer
+        turn.answer = self.model.tokenizer.decode(answer)
         turn.end = len(self._tokens)
+        if self.journal is not None:
+            self.journal.more(answer)
+            self.journal.rest(self)
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

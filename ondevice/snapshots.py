@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ondevice.locks import FileLock
 from ondevice.state import Snapshot, State
@@ -33,9 +34,29 @@ DISK = 2 << 30
 class Copy:
     """A place in a sequence that can be returned to; what it takes is given back with it."""
 
-    def __init__(self, position: int, key: int) -> None:
+    def __init__(self, store: "Snapshots", position: int, key: int) -> None:
+        self._store = store
         self.position = position
         self.key = key
+
+    @property
+    def held(self) -> bool:
+        """Whether it is still to be had."""
+        return self._store.holds(self)
+
+    def restore(self, state: State) -> bool:
+        """Take the state back there; False, with the state cleared, if the copy is lost."""
+        return self._store.restore(self, state)
+
+
+class Place(Protocol):
+    """What a history needs of a copy, wherever it is."""
+
+    @property
+    def held(self) -> bool: ...
+    @property
+    def position(self) -> int: ...
+    def restore(self, state: State) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +91,7 @@ class Snapshots:
         with self._lock:
             self._sweep()
             key = next(self._keys)
-            copy = Copy(state.position, key)
+            copy = Copy(self, state.position, key)
             if nbytes <= self.memory_budget:
                 for older in list(self._slots.values()):
                     if self.memory_bytes + nbytes <= self.memory_budget:
@@ -203,13 +224,13 @@ class Snapshots:
 class History:
     """The copies along one sequence of tokens, by position."""
 
-    def __init__(self, store: Snapshots, copies: dict[int, Copy] | None = None) -> None:
+    def __init__(self, store: Snapshots, copies: "dict[int, Place] | None" = None) -> None:
         self._store = store
         self._copies = dict(copies or {})
 
     @property
     def positions(self) -> list[int]:
-        return sorted(p for p, copy in self._copies.items() if self._store.holds(copy))
+        return sorted(p for p, copy in self._copies.items() if copy.held)
 
     def add(self, state: State) -> None:
         """Keep a copy of the state here."""
@@ -222,6 +243,10 @@ class History:
             self._copies = {position: self._copies[position] for position in kept}
             while len(self._copies) > max(1, self._store.most(state.memory.nbytes)):
                 del self._copies[thinned(sorted(self._copies))]
+
+    def adopt(self, place: Place) -> None:
+        """Know of a copy that something else keeps."""
+        self._copies.setdefault(place.position, place)
 
     def cut(self, position: int) -> None:
         """Forget what lies beyond."""
@@ -237,7 +262,7 @@ class History:
                 continue
             if place <= state.position <= position:
                 return
-            if self._store.restore(self._copies[place], state):
+            if self._copies[place].restore(state):
                 return
             del self._copies[place]
         if state.position > position:

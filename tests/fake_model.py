@@ -76,6 +76,19 @@ class FakeSession:
     def cancel(self) -> None:
         self.cancelled = True
 
+    def close(self) -> None:
+        self.closed = True
+
+    def undo(self) -> str:
+        return self.messages.pop()["content"]
+
+    def trim(self, turns: int | None = None) -> tuple[int, int]:
+        del self.messages[: turns or 1]
+        return turns or 1, 50
+
+    def save(self, path: str) -> None:
+        self.saved = path
+
 
 class FakeModel:
     """`answers` holds what the next completions say: a list of pieces, or an error to raise."""
