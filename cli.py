@@ -69,7 +69,15 @@ kv_option = click.option(
     show_default=True,
     help="How keys and values are kept; q8_0 takes half the memory.",
 )
-running_options = options(threads_option, context_option, memory_option, kv_option)
+prompt_cache_option = click.option(
+    "--prompt-cache/--no-prompt-cache",
+    default=True,
+    show_default=True,
+    help="Keep what was computed for long prompts on disk, for the next time.",
+)
+running_options = options(
+    threads_option, context_option, memory_option, kv_option, prompt_cache_option
+)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
     click.option("--top-k", type=int, help="Choose among this many tokens; 0 means all."),
@@ -269,6 +277,7 @@ def generate(
     context: int | None,
     memory: int | None,
     kv: str,
+    prompt_cache: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -276,7 +285,8 @@ def generate(
     if mtp == "on":
         raise UsageError("--mtp on: this version does not guess tokens ahead yet; use auto or off")
     text = one_prompt(prompt, file)
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    with load(model, **settings, prompt_cache=prompt_cache) as loaded:
         if raw:
             ids = loaded.tokenize(text)
             if loaded.tokenizer.add_bos and loaded.tokenizer.bos is not None:
@@ -346,6 +356,7 @@ def chat(
     context: int | None,
     memory: int | None,
     kv: str,
+    prompt_cache: bool,
     **sampling: Any,
 ) -> None:
     """Talk with the model, the demo by default, or the one that a session was made with.
@@ -360,7 +371,8 @@ def chat(
             if name is None:
                 raise UsageError("there is no session to continue; --session NAME begins one")
         model = model or journal.model_of(name)
-    with load(model or "demo", threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    with load(model or "demo", **settings, prompt_cache=prompt_cache) as loaded:
         from ondevice import terminal
 
         if name is None:

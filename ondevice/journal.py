@@ -141,7 +141,7 @@ def open_session(
 def _locked(folder: Path, name: str) -> FileLock | None:
     """The lock of a session's folder; None, with a warning, where nothing can be written."""
     try:
-        if private_folder(folder) and private_folder(folder / "state"):
+        if all(map(private_folder, (folder.parent, folder, folder / "state"))):
             return FileLock(folder / "lock")
         reason = f"{folder} cannot be written, or is not private"
     except BlockingIOError:

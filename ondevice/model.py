@@ -34,6 +34,7 @@ from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
 from ondevice.pace import Pace
 from ondevice.program import Operations, Program, zeros
+from ondevice.prompt_cache import PromptCache, reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import LEAST_MEMORY, Snapshots
 from ondevice.state import State, cache_bytes
@@ -67,6 +68,7 @@ class Model:
         memory: int | None = None,
         kv: str = "f16",
         progress: Report | None = None,
+        prompt_cache: bool = False,
     ) -> None:
         started = time.perf_counter()
         self.path = path
@@ -112,6 +114,8 @@ class Model:
         self.ends[list(self.tokenizer.eos_ids)] = 1
         self.sampling_space = np.zeros(2 * self.config.vocabulary, np.float32)
         self._lock = threading.Lock()
+        self.prompt_cache = PromptCache(self) if prompt_cache else None
+        """Beginnings of prompts that were read before; None where none are kept."""
         self.load_seconds = time.perf_counter() - started
 
     def _build(self, weights: Weights, threads: int) -> None:
@@ -364,7 +368,10 @@ class Model:
         from ondevice.generate import Completion
 
         state = State(self.config, self.context, self.kv)
-        return Completion(self, state, tokens, sampling or self.sampling, max_tokens)
+        ids = self.checked(tokens).tolist()
+        self.check_room(len(ids))
+        stops, reached = reading(self.prompt_cache, ids, state)
+        return Completion(self, state, ids, sampling or self.sampling, max_tokens, reached, stops)
 
     def session(self, system: str | None = None, sampling: Sampling | None = None) -> "Session":
         """A conversation that keeps its state between turns."""

@@ -14,15 +14,16 @@ reads the rest. So a result is always that of a fresh run over the same tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ondevice.chat import common_prefix
 from ondevice.generate import Completion
+from ondevice.prompt_cache import reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import History
 from ondevice.state import State
+from ondevice.state_folder import BLOCK
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -247,26 +248,36 @@ class Session:
         return self.last
 
     def _completion(self, tokens: Sequence[int]) -> Completion:
+        cache, state = self.model.prompt_cache, self._state
+        stops, keep = reading(cache, tokens, state, self._head(tokens) if cache else 0)
         # Without a journal nothing refers back to us, so that memory is free when we go, and not
         # when cycles are collected.
-        journal = self.journal
-        if journal is None:
-            reached = partial(self._history.add, self._state)
-            return Completion(self.model, self._state, tokens, self.sampling, when_reached=reached)
+        journal, history = self.journal, self._history
+
+        def reached() -> None:
+            history.add(state)
+            keep()
+            if recorded is not None and recorded.journal is not None:
+                recorded.journal.reached(recorded)
+
+        recorded = self if journal is not None else None
         return Completion(
             self.model,
-            self._state,
+            state,
             tokens,
             self.sampling,
-            when_reached=self._reached,
-            when_taken=lambda _: journal.more(self._answer_tokens()),
-            when_ended=self._finish,
+            when_reached=reached,
+            stops=stops,
+            when_taken=None if journal is None else lambda _: journal.more(self._answer_tokens()),
+            when_ended=None if journal is None else self._finish,
         )
 
-    def _reached(self) -> None:
-        self._history.add(self._state)
-        if self.journal is not None:
-            self.journal.reached(self)
+    def _head(self, tokens: Sequence[int]) -> int:
+        """How many tokens are those of the system message, where they are still to be read."""
+        if not self._system or self.position or len(tokens) < BLOCK:
+            return 0
+        other = [*self._system_message(), {"role": "user", "content": "?"}]
+        return common_prefix(tokens, self.model.template.encode(other))
 
     def _answer_tokens(self) -> list[int]:
         return self.last.tokens if self.last is not None else []
