@@ -12,6 +12,7 @@ the tokens of the next prompt it returns to the last copy within what the two ha
 reads the rest. So a result is always that of a fresh run over the same tokens.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,20 +167,22 @@ class Session:
                 f"the conversation has {len(self._turns)} turns, of which the last one stays; "
                 f"{'none' if most < 1 else f'1 to {most}'} can be dropped"
             )
-        dropped = turns or 1
-        while True:
-            kept = self._turns[dropped:]
-            messages = [*self._system_message(), *_messages(kept)]
-            taken = self.model.template.encode(messages, add_generation_prompt=False)
-            if turns is not None or dropped == most or 2 * len(taken) <= self.model.context:
-                break
-            dropped += 1
+        dropped = turns or bisect_left(
+            range(most), True, lo=1, key=lambda n: 2 * len(self._without(n)) <= self.model.context
+        )
+        taken = self._without(dropped)
+        kept = self._turns[dropped:]
         self._turns = [Turn(turn.text, turn.answer) for turn in kept]
         self._rendered, self._rendered_system = [], self._system
         self.last = None
         self._go_to(taken, len(taken))
         self._changed()
         return dropped, len(taken)
+
+    def _without(self, turns: int) -> list[int]:
+        """The tokens of the conversation as it would be without the oldest turns."""
+        messages = [*self._system_message(), *_messages(self._turns[turns:])]
+        return self.model.template.encode(messages, add_generation_prompt=False)
 
     def cancel(self) -> None:
         """Stop the answer at its next token; from any thread."""

@@ -1,6 +1,8 @@
 """Editing, answering again, branching, saving: always what a fresh run over the tokens gives."""
 
+import gc
 import random
+import sys
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 
 import ondevice
-from ondevice import generate
+from ondevice import generate, journal
 from ondevice.generate import Completion
+from ondevice.journal import open_session
 from ondevice.model import Model
+from ondevice.prompt_cache import PromptCache
 from ondevice.sampling import Sampling
 from ondevice.session import Session
 from ondevice.snapshots import History, Snapshots, thinned
@@ -244,6 +248,20 @@ def test_trim_keeps_the_system_message_and_the_last_turns(small: Model) -> None:
     assert session.trim()[0] == 1  # it fits as it is
 
 
+def test_trim_frees_half_of_the_context(endless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endless, "context", 600)
+    session = endless.session("Be brief.", GREEDY)
+    for number in range(16):
+        take(session.send(f"message {number}"), 1)
+    assert len(session._without(0)) > 300
+    dropped, rest = session.trim()
+    assert rest == len(session._without(0)) <= 300
+    assert 3 < dropped < 13
+    assert session.turns == 16 - dropped
+    with pytest.raises(UsageError, match=r"the prompt has \d+ tokens and the context only 600"):
+        session.send("much " * 300)
+
+
 @pytest.mark.parametrize("turn", [3, -4, "one", True])
 def test_a_turn_that_is_not_there(turn: int, small: Model) -> None:
     session = small.session(sampling=WILD)
@@ -438,3 +456,66 @@ def test_a_file_that_cannot_be_written(small: Model, tmp_path: Path) -> None:
     session.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+# ---- over a long time ----
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def soak(model: Model, turns: int, settled: int, folder: Path) -> int:
+    """So many short turns of two sessions; how much memory was taken after the first of them."""
+    cache = PromptCache(model, folder / "prompts", budget=2 << 20)
+    model.prompt_cache = cache
+    store = model.snapshots
+    sessions = [open_session(model, "soak", "Be brief. " * 60), model.session("Be kind. " * 60)]
+    chance = random.Random(1)
+    begun = 0
+    for number in range(turns):
+        if number == settled:
+            gc.collect()
+            begun = anonymous_memory()
+        session = chance.choice(sessions)
+        if session.position > 2500:
+            session.trim()
+        take(session.send("word " * chance.choice([3, 3, 3, 300])), chance.randrange(1, 8))
+        if chance.random() < 0.1:
+            take(session.edit(chance.randrange(session.turns), "another"), 3)
+        if chance.random() < 0.02:
+            sessions[1] = sessions[0].branch()
+        assert store.memory_bytes <= store.memory_budget
+        assert store.disk_bytes <= store.disk_budget
+        for path, budget in (
+            (store._folder, store.disk_budget),
+            (folder / "prompts", cache.budget),
+            (folder / "cache" / "sessions", 8 << 20),
+        ):
+            used = sum(p.stat().st_size for p in path.rglob("*")) if path else 0
+            assert used <= budget + (1 << 16), path
+    for session in sessions:
+        assert_fresh(session)
+    sessions[0].close()
+    gc.collect()
+    return anonymous_memory() - begun
+
+
+@pytest.fixture
+def soaked(small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    monkeypatch.setattr(journal, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(small, "prompt_cache", None)
+    return small
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_budgets_hold(soaked: Model, tmp_path: Path) -> None:
+    soak(soaked, 60, 30, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_thousand_turns(soaked: Model, tmp_path: Path) -> None:
+    assert soak(soaked, 2000, 500, tmp_path) < 4 << 20
