@@ -56,7 +56,8 @@ class FakeSession:
         self.model, self.system, self.sampling = model, system, sampling
         self.messages: list[dict[str, str]] = []
         self.last: FakeCompletion | None = None
-        self.cancelled = False
+        self.cancelled = self.closed = False
+        self.saved = ""
 
     def send(self, text: str) -> FakeCompletion:
         self.messages.append({"role": "user", "content": text})
