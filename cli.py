@@ -366,10 +366,7 @@ def chat(
     if resume or name:
         from ondevice import journal
 
-        if name is None:
-            name = next(iter(journal.names()), None)
-            if name is None:
-                raise UsageError("there is no session to continue; --session NAME begins one")
+        name = journal.existing(name) if resume or name is None else name
         model = model or journal.model_of(name)
     settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
     with load(model or "demo", **settings, prompt_cache=prompt_cache) as loaded:

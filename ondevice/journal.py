@@ -76,6 +76,19 @@ def checked_name(name: str) -> str:
     return name
 
 
+def existing(name: str | None) -> str:
+    """The name of a session that there is, by default the most recent; UsageError otherwise."""
+    there = names()
+    if name is None:
+        if not there:
+            raise UsageError("there is no session to continue; --session NAME begins one")
+        return there[0]
+    if not (sessions_folder() / checked_name(name) / "journal").exists():
+        known = ", ".join(there[:5]) or "none"
+        raise UsageError(f"there is no session {name!r}; there are: {known}")
+    return name
+
+
 def names() -> list[str]:
     """The sessions there are, the most recent first."""
     found = []
@@ -111,9 +124,8 @@ def open_session(
     """
     folder = sessions_folder() / checked_name(name)
     path = folder / "journal"
-    if must_exist and not path.exists():
-        there = ", ".join(names()[:5]) or "none"
-        raise UsageError(f"there is no session {name!r}; there are: {there}")
+    if must_exist:
+        existing(name)
     lock = _locked(folder, name)
     try:
         states = StateFolder(folder / "state", model)
@@ -125,6 +137,8 @@ def open_session(
 
             session, good = Session(model, system, sampling), 0
         if lock is not None:
+            for left in folder.glob(".*.partial"):  # by a killed process
+                states.remove(left)
             session.journal = Journal(name, path, lock, states)
             session.journal.begin(session, good)
         if system is not None:
@@ -369,7 +383,7 @@ def _read(model: "Model", path: Path) -> tuple["Session", int]:
             lost = os.fstat(file.fileno()).st_size - good
             if lost > MOST_CUT:
                 warnings.warn(f"{error}; {lost:,} bytes are lost", stacklevel=2)
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+        except (LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
             raise Damaged(f"{path}: a record after byte {good} makes no sense: {error}") from None
     if not good:
         raise Damaged(f"{path}: the file is damaged: it holds no conversation")

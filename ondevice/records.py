@@ -29,6 +29,8 @@ from quant.format import Array
 MAGIC = b"ONDEVSES"
 VERSION = 1
 """Changes with the format, and with what a state's bytes mean."""
+LARGEST = 1 << 28
+"""Bytes of a record that is read as a whole."""
 _START = struct.Struct("<8sI")
 _RECORD = struct.Struct("<4sIQ")
 Bytes = bytes | memoryview
@@ -117,6 +119,11 @@ class Reader:
         return kind, length
 
     def payload(self) -> bytes:
+        if self._length > LARGEST:
+            raise Damaged(
+                f"{self.path}: the file is damaged: the record at byte {self._at} has "
+                f"{self._length:,} bytes; at most {LARGEST:,} make sense"
+            )
         data = self._file.read(self._length)
         self._checked(data)
         return data

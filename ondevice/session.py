@@ -24,12 +24,14 @@ from ondevice.prompt_cache import reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import History
 from ondevice.state import State
-from ondevice.state_folder import BLOCK
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
     from ondevice.journal import Journal
     from ondevice.model import Model
+
+LONG_SYSTEM = 64
+"""Tokens from which on a system message is worth a copy of the state behind it."""
 
 
 @dataclass(slots=True)
@@ -252,7 +254,8 @@ class Session:
 
     def _completion(self, tokens: Sequence[int]) -> Completion:
         cache, state = self.model.prompt_cache, self._state
-        stops, keep = reading(cache, tokens, state, self._head(tokens) if cache else 0)
+        head = self._head(tokens)
+        stops, keep = reading(cache, tokens, state, head)
         # Without a journal nothing refers back to us, so that memory is free when we go, and not
         # when cycles are collected.
         journal, history = self.journal, self._history
@@ -270,17 +273,18 @@ class Session:
             tokens,
             self.sampling,
             when_reached=reached,
-            stops=stops,
+            stops=[*stops, head],
             when_taken=None if journal is None else lambda _: journal.more(self._answer_tokens()),
             when_ended=None if journal is None else self._finish,
         )
 
     def _head(self, tokens: Sequence[int]) -> int:
-        """How many tokens are those of the system message, where they are still to be read."""
-        if not self._system or self.position or len(tokens) < BLOCK:
+        """How many tokens are those of a system message that is long and still to be read."""
+        if not self._system or self.position or len(tokens) < LONG_SYSTEM:
             return 0
         other = [*self._system_message(), {"role": "user", "content": "?"}]
-        return common_prefix(tokens, self.model.template.encode(other))
+        head = common_prefix(tokens, self.model.template.encode(other))
+        return head if LONG_SYSTEM <= head < len(tokens) else 0
 
     def _answer_tokens(self) -> list[int]:
         return self.last.tokens if self.last is not None else []

@@ -151,8 +151,9 @@ class Chat:
             raise UsageError(f"/trim needs a whole number, not {rest!r}")
         dropped, tokens = self.session.trim(int(rest) if rest else None)
         self.write(
-            f"The {dropped} oldest turns are forgotten; the rest has {tokens} of "
-            f"{self.session.model.context} tokens and is read again with the next message.\n"
+            f"Forgotten: {'the oldest turn' if dropped == 1 else f'the {dropped} oldest turns'}. "
+            f"The rest has {tokens} of {self.session.model.context} tokens and is read again with "
+            "the next message.\n"
         )
 
     def save(self, path: str) -> None:

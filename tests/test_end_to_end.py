@@ -182,14 +182,20 @@ def test_files_that_are_no_model(run: Run, content: bytes, message: str) -> None
         assert message in result.stderr
 
 
-def test_the_readme_example_runs() -> None:
+def test_the_readme_example_runs(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert (tmp_path / "case.session").exists()
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_undo_trim_and_save() -> None:
     for text in ("one", "two", "three\n" * 40):
         screen.turn(text)
     assert screen.turn("/undo") == "Taken back: " + "three " * 9 + "three…\n"
-    assert screen.turn("/trim 1").startswith("The 1 oldest turns are forgotten; the rest has 50 of")
+    assert screen.turn("/trim 1").startswith("Forgotten: the oldest turn. The rest has 50 of 100")
     assert [message["content"] for message in screen.session.messages] == ["two"]
     assert screen.turn("/trim all") == "error: /trim needs a whole number, not 'all'\n"
     assert screen.turn("/save") == "error: /save needs the name of a file\n"

@@ -248,6 +248,19 @@ def test_trim_keeps_the_system_message_and_the_last_turns(small: Model) -> None:
     assert session.trim()[0] == 1  # it fits as it is
 
 
+def test_trim_does_not_read_a_long_system_message_again(small: Model) -> None:
+    session = small.session("Be brief. " * 30, GREEDY)
+    for number in range(4):
+        take(session.send(f"message {number}"), 5)
+    head = len(small.tokenize("Be brief. " * 30))
+    session.trim(1)
+    assert session.position > head
+    answer = session.send("And?")
+    assert answer.prompt_tokens - answer.prefilled_tokens > head
+    take(answer, 5)
+    assert_fresh(session)
+
+
 def test_trim_frees_half_of_the_context(endless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endless, "context", 600)
     session = endless.session("Be brief.", GREEDY)
