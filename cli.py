@@ -228,16 +228,34 @@ class ProgressLine(contextlib.AbstractContextManager["ProgressLine"]):
 @main.command()
 @click.argument("model")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@running_options
 @as_json
-def inspect(model: str, tensors: bool, as_json: bool) -> None:
-    """Show what a model file holds, without loading it."""
+def inspect(
+    model: str,
+    tensors: bool,
+    threads: int | None,
+    context: int | None,
+    memory: int | None,
+    kv: str,
+    as_json: bool,
+) -> None:
+    """Show what a model file holds, without loading it.
+
+    With --memory also what that much would be used for, and how fast the model would write.
+    """
     from ondevice import demo, inspection
 
-    described = inspection.describe(demo.model_path(model, compiling))
+    path = demo.model_path(model, compiling)
+    described = inspection.describe(path)
+    if memory is not None:
+        described["memory"] = inspection.predict(path, memory, threads, context, kv)
     if as_json:
         print_json(described)
         return
     click.echo(inspection.table(described))
+    if memory is not None:
+        click.echo()
+        click.echo(inspection.prediction_table(described["memory"]))
     if tensors:
         click.echo()
         for tensor in described["tensors"]:

@@ -4,7 +4,9 @@
     decode    tokens per second one after the other, each the likeliest that is not among the 64
               before it: a model that repeats itself would find its experts in the caches
     limit     read bandwidth / bytes of a decode step: every dense weight, the chosen experts, the
-              recurrent state once read and once written, keys and values so far
+              recurrent state once read and once written, keys and values so far. Where experts come
+              from disk, no more than the disk's bandwidth / bytes that came from it; that is what
+              the readers got while they read
     MACs      multiply-adds of a prompt's token with weight matrices, those of the file's shapes;
               per second of the whole prefill, and of the time that its dense products and its
               experts take, which a run of its own measures operation by operation
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ondevice.experts import READERS, Counts
+from ondevice.forecast import what_limits
 from ondevice.inspection import describe
 from ondevice.kernels import layout
 from ondevice.machine import Machine
@@ -131,7 +135,8 @@ class Measurement:
         self.runner.prefill()
         self.runner.decode()
         self._memory = peak_memory()  # the probes take more
-        self.machine = machine or Machine(model.run, model.threads)
+        self.machine = machine or Machine(model.run, model.threads, model.pool_memory())
+        self._experts = Counts()
         self.prefills: list[float] = []
         self.decodes: list[float] = []
         self._bandwidths: list[float] = []
@@ -144,7 +149,9 @@ class Measurement:
         self.prefills.append(self.runner.prefill())
         self._peaks.append(self.machine.int8_peak())
         self._bandwidths.append(self.machine.read_bandwidth())
+        before = self._model.expert_counts
         self.decodes.append(self.runner.decode())
+        self._experts += self._model.expert_counts - before
         self._bandwidths.append(self.machine.read_bandwidth())
 
     def profile(self, decode: bool = True) -> None:
@@ -163,6 +170,11 @@ class Measurement:
         bandwidth = statistics.median(self._bandwidths)
         peak = statistics.median(self._peaks)
         limit = bandwidth / (weights + state + cache)
+        came, tokens = self._experts, generate * len(self.decodes)
+        disk = came.bytes_read / came.reading * READERS if came.reading else 0.0
+        if came.bytes_read:
+            limit = min(limit, disk / (came.bytes_read / tokens))
+        waiting = came.waiting / model.threads / sum(self.decodes)
         prefill = prompt / statistics.median(self.prefills)
         decode = generate / statistics.median(self.decodes)
         macs = macs_per_token(description)
@@ -178,6 +190,11 @@ class Measurement:
             "state_bytes_per_token": state,
             "cache_bytes_per_token": cache,
             "read_bandwidth": bandwidth,
+            "expert_hit_rate": came.hit_rate,
+            "disk_bytes_per_token": came.bytes_read / tokens,
+            "disk_bandwidth": disk,
+            "disk_wait_fraction": waiting,
+            "limited_by": what_limits(model.plan, came.hit_rate, waiting),
             "decode_limit_tokens_per_second": limit,
             "decode_fraction_of_limit": decode / limit,
             "int8_peak": peak,
@@ -272,6 +289,7 @@ def report(found: dict[str, Any]) -> str:
             f"{sum(moved):.1f} MB: weights {moved[0]:.1f}, state {moved[1]:.1f}, "
             f"keys and values {moved[2]:.1f}",
         ),
+        *(disk_rows(found) if found["disk_bytes_per_token"] else ()),
         ("memory reads", f"{found['read_bandwidth'] / 1e9:.2f} GB/s"),
         ("int8 peak", f"{found['int8_peak'] / 1e9:.1f} GMAC/s"),
         ("products", f"{macs('')} over the whole prefill"),
@@ -282,11 +300,24 @@ def report(found: dict[str, Any]) -> str:
             f"{found['load_seconds']:.2f} s, {found['compile_seconds']:.2f} of them for kernels",
         ),
         ("peak memory", f"{found['peak_memory'] / 1e6:,.0f} MB, mapped weights included"),
+        ("limited by", found["limited_by"]),
     ]
     lines = [f"{label:<13} {text}" for label, text in rows]
     for name, summary in found.get("profile", {}).items():
         lines += ["", table(summary, f"{name}, per token")]
     return "\n".join(lines)
+
+
+def disk_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines on what came from the disk."""
+    return [
+        (
+            "disk",
+            f"{found['disk_bytes_per_token'] / 1e6:.1f} MB per token at "
+            f"{found['disk_bandwidth'] / 1e9:.2f} GB/s; {found['expert_hit_rate']:.1%} of experts "
+            f"were in memory, {found['disk_wait_fraction']:.0%} of the time went to waiting",
+        )
+    ]
 
 
 def check(name: str, value: object, least: int) -> None:

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ondevice.disk import SUPPORTED
 from quant.cores import memory_in_use, memory_limit
 from quant.errors import ResourceError, UsageError
 
@@ -34,6 +35,10 @@ class Needs:
     buffers: int
     least_pool: int
     most_pool: int
+    expert: int
+    """An expert's place in the pool."""
+    slice: int
+    """What of it is read at once."""
 
     @property
     def working(self) -> int:
@@ -88,7 +93,7 @@ def plan(needs: Needs, memory: int | None, path: Path) -> Plan:
     """Within `memory` bytes, or else what the machine has free; ResourceError if too little."""
     if memory is None:
         free = available()
-        if free is None or needs.mapped <= free:
+        if free is None or needs.mapped <= free or not SUPPORTED:
             return Plan(needs, needs.mapped, 0)
         # rather slowly from disk than not at all
         budget = max(int(SHARE * free), needs.least)
@@ -96,9 +101,10 @@ def plan(needs: Needs, memory: int | None, path: Path) -> Plan:
         raise UsageError(f"memory is {memory!r}; it must be a whole number of bytes")
     else:
         budget = memory
-    if budget < needs.least:
+    least = needs.least if SUPPORTED else needs.mapped
+    if budget < least:
         raise ResourceError(
-            f"{path}: a memory budget of {budget:,} bytes is below the {needs.least:,} that this "
+            f"{path}: a memory budget of {budget:,} bytes is below the {least:,} that this "
             "model needs; a smaller context needs less"
         )
     if needs.mapped <= budget:

@@ -9,19 +9,22 @@ import contextlib
 import ctypes
 import mmap
 import os
-import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ondevice.config import Config
+from ondevice.disk import open_direct
 from ondevice.gguf_file import Tensor
 from ondevice.kernels import routing, store
 from ondevice.kernels.layout import WORD
+from ondevice.usage import Usage
 from ondevice.weights import Weights
 from quant.errors import Error, ResourceError
 from quant.format import Array
@@ -48,12 +51,8 @@ class _Shelf:
     record: Array = field(default_factory=lambda: np.zeros(store.SHELF_WORDS, np.int64))
     arrays: list[Array] = field(default_factory=list)
     memory: mmap.mmap | None = None
-
-
-@dataclass(frozen=True)
-class _OpenFile:
-    path: Path
-    number: int
+    given: list[int] = field(default_factory=list)
+    """Slabs whose memory was given back."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,13 @@ class Counts:
     guessed: int = 0
     """Experts that were read before they were wanted, or for nothing."""
 
+    def __add__(self, other: "Counts") -> "Counts":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(a + b for a, b in pairs))
+
     def __sub__(self, other: "Counts") -> "Counts":
-        return Counts(
-            *(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(a - b for a, b in pairs))
 
     @property
     def hit_rate(self) -> float:
@@ -84,19 +86,20 @@ class Counts:
         return self.hits / wanted if wanted else 1.0
 
 
-class Pool(contextlib.AbstractContextManager["Pool"]):
+class Pool(AbstractContextManager["Pool"]):
     """The experts of a model in a bounded number of slabs."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
         self._config = config
-        self._files: dict[Path, _OpenFile] = {}
+        self._files: dict[Path, int] = {}
         self._threads: list[threading.Thread] = []
         self._pipe: list[int] = []
         self._shelves: dict[int, _Shelf] = {}
-        self._names: list[tuple[str, ...]] = []
-        self._paths: list[Path] = []
+        self._paths: list[list[Path]] = []
         count = config.experts
-        self._uses = np.zeros((config.layers, count), np.int64)
+        self.usage = Usage.none(config)
+        """How experts are used while this pool is open."""
+        self._last_used = np.zeros((config.layers, count), np.int32)
         self._slabs_of = np.full((config.layers, count), store.NOBODY, np.int32)
         self._layers = np.zeros((config.layers, store.LAYER_WORDS), np.int64)
         storage = np.zeros(store.STORE_WORDS + store.LINE, np.int64)
@@ -105,12 +108,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         self._end = weakref.finalize(
             self, _end, self._store, self._threads, self._pipe, self._files
         )
-        try:
-            for layer in range(config.layers):
-                self._plan_layer(weights, layer)
-        except BaseException:
-            self.close()
-            raise
+        for layer in range(config.layers):
+            self._plan_layer(weights, layer)
 
     # ---- planning ----
 
@@ -120,7 +119,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         names = [gate.name] if gate.name == up.name else [gate.name, up.name]
         names.append(f"blk.{layer}.ffn_down_exps.weight")
         record[store.SLABS_OF] = self._slabs_of[layer].ctypes.data
-        record[store.USES] = self._uses[layer].ctypes.data
+        record[store.USES] = self.usage.uses[layer].ctypes.data
+        record[store.LAST_USED] = self._last_used[layer].ctypes.data
         record[store.EXPERTS] = config.experts
         record[store.SLICES] = len(names)
         record[store.UP_SLICE] = len(names) - 2
@@ -131,23 +131,12 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
             tensor = weights.tensors[name]
             nbytes = tensor.nbytes // config.experts
             place = store.SLICE + store.SLICE_WORDS * i
-            file = self._open(tensor.path)
-            record[place : place + store.SLICE_WORDS] = (
-                file.number, tensor.offset, nbytes, nbytes, area,
-            )  # fmt: skip
+            record[place : place + store.SLICE_WORDS] = 0, tensor.offset, nbytes, nbytes, area
             area += -(-nbytes // BLOCK) * BLOCK + BLOCK
         shelf = self._shelves.setdefault(area, _Shelf(area))
         shelf.layers += 1
         record[store.SHELF] = shelf.record.ctypes.data
-        self._names.append(tuple(names))
-        self._paths.append(weights.tensors[names[0]].path)
-
-    def _open(self, path: Path) -> _OpenFile:
-        known = self._files.get(path)
-        if known is None:
-            known = _OpenFile(path, _open_direct(path))
-            self._files[path] = known
-        return known
+        self._paths.append([weights.tensors[name].path for name in names])
 
     @property
     def least_bytes(self) -> int:
@@ -162,10 +151,33 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
             for shelf in self._shelves.values()
         )
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of a slab, on average over the layers."""
+        layers = sum(shelf.layers for shelf in self._shelves.values())
+        return sum(shelf.layers * shelf.slab_bytes for shelf in self._shelves.values()) // layers
+
+    @property
+    def slice_bytes(self) -> int:
+        """Of the reads that an expert comes with, on average."""
+        return self.expert_bytes * self._config.layers // sum(map(len, self._paths))
+
     def _least(self, shelf: _Shelf) -> int:
         return min(2 * self._config.experts_used, self._config.experts * shelf.layers)
 
     # ---- memory and threads ----
+
+    def open(self) -> None:
+        """Open the files; what follows needs them."""
+        for layer, paths in enumerate(self._paths):
+            for i, path in enumerate(paths):
+                place = store.SLICE + store.SLICE_WORDS * i + store.FILE
+                self._layers[layer, place] = self._open(path)
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = open_direct(path)
+        return self._files[path]
 
     def allocate(self, nbytes: int) -> None:
         """Make slabs out of at most `nbytes`, and start the readers."""
@@ -191,14 +203,11 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
     def _fill(self, shelf: _Shelf) -> None:
         count = shelf.slabs
         try:
-            shelf.memory = mmap.mmap(-1, count * shelf.slab_bytes)
+            shelf.memory = _anonymous(count * shelf.slab_bytes)
         except (OSError, ValueError) as error:
             raise ResourceError(
                 f"no memory for {count} experts of {shelf.slab_bytes:,} bytes: {error}"
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                shelf.memory.madvise(mmap.MADV_HUGEPAGE)
         ring = np.arange(count + 1)
         following = np.roll(ring, -1).astype(np.int32)
         before = np.roll(ring, 1).astype(np.int32)
@@ -228,6 +237,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
             self._rings += [ring, memory]
             self._store[word] = ring.ctypes.data
         self._store[store.LAYERS] = self._layers.ctypes.data
+        self._store[store.INTERVALS] = self.usage.ended.ctypes.data
+        self._store[store.OPEN_INTERVALS] = self.usage.open.ctypes.data
         used = self._config.experts_used
         self._store[store.FEW_GUESSES] = round(FEW_GUESSES * used)
         self._store[store.MANY_GUESSES] = round(MANY_GUESSES * used)
@@ -259,6 +270,114 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         self._end()
         self._shelves = {}
 
+    # ---- filling ahead of time, giving back ----
+
+    def warm(self, usage: Usage, go_on: Callable[[], AbstractContextManager[bool]]) -> None:
+        """Read the most used experts into slabs that nobody has had, from the far end on.
+
+        `go_on` is held while one is read; what it gives is false when it is time to stop.
+        """
+        room = {id(shelf): shelf.slabs for shelf in self._shelves.values()}
+        for layer, expert in usage.by_use()[: self.slabs]:
+            shelf = self._shelf_of(layer)
+            if room[id(shelf)] > self._least(shelf):
+                room[id(shelf)] -= 1
+                with go_on() as worth:
+                    if not worth or not self._read_ahead(layer, expert, shelf, room[id(shelf)]):
+                        return
+
+    def _shelf_of(self, layer: int) -> _Shelf:
+        area = int(self._layers[layer, store.SHELF])
+        return next(s for s in self._shelves.values() if s.record.ctypes.data == area)
+
+    def _read_ahead(self, layer: int, expert: int, shelf: _Shelf, slab: int) -> bool:
+        """Read an expert into a slab while no program runs; false if that is not to be."""
+        _, _, holders, words, _ = shelf.arrays
+        if holders[slab] != store.NOBODY or self._slabs_of[layer, expert] != store.NOBODY:
+            return bool(holders[slab] == store.NOBODY)
+        assert shelf.memory is not None
+        record, view = self._layers[layer], memoryview(shelf.memory)
+        slices = int(record[store.SLICES])
+        for number in range(slices):
+            place = store.SLICE + store.SLICE_WORDS * number
+            file, offset, stride, nbytes, area = map(int, record[place : place + store.SLICE_WORDS])
+            begin = offset + expert * stride
+            at, end = begin // BLOCK * BLOCK, -(-(begin + nbytes) // BLOCK) * BLOCK
+            to = slab * shelf.slab_bytes + area
+            try:
+                got = os.preadv(file, [view[to : to + end - at]], at)
+            except OSError:
+                return False
+            if at + got < begin + nbytes:
+                return False
+        whole = (1 << slices) - 1
+        words[slab] = words[slab] >> 16 << 16 | whole << 8 | whole
+        holders[slab] = layer << 32 | expert
+        self._slabs_of[layer, expert] = slab
+        return True
+
+    def shrink(self, nbytes: int) -> int:
+        """Give back about so many bytes while no program runs, least used first; bytes given."""
+        given = 0
+        for shelf in self._shelves.values():
+            share = nbytes * shelf.slabs * shelf.slab_bytes // max(1, self.nbytes)
+            given += self._shrink_shelf(shelf, -(-share // shelf.slab_bytes))
+        return given
+
+    def _shrink_shelf(self, shelf: _Shelf, count: int) -> int:
+        following, before, holders, words, _ = shelf.arrays
+        assert shelf.memory is not None
+        sentinel = int(shelf.record[store.SLABS])
+        slab, given = int(following[sentinel]), 0
+        while given < min(count, shelf.slabs - self._least(shelf)) and slab != sentinel:
+            after, state = int(following[slab]), int(words[slab])
+            if state >> 8 & 255 == state & 255:
+                following[before[slab]], before[following[slab]] = following[slab], before[slab]
+                if holders[slab] != store.NOBODY:
+                    layer, expert = divmod(int(holders[slab]), 1 << 32)
+                    self._slabs_of[layer, expert] = store.NOBODY
+                holders[slab] = store.NOBODY
+                words[slab] = ((state >> 16) + 1) << 16
+                if hasattr(mmap, "MADV_DONTNEED"):
+                    begin = slab * shelf.slab_bytes
+                    shelf.memory.madvise(mmap.MADV_DONTNEED, begin, shelf.slab_bytes)
+                shelf.given.append(slab)
+                given += 1
+            slab = after
+        self._resize(shelf, -given)
+        return given * shelf.slab_bytes
+
+    def grow(self, nbytes: int) -> None:
+        """Use again, while no program runs, about so many of the bytes that were given back."""
+        for shelf in self._shelves.values():
+            following, before, *_ = shelf.arrays
+            sentinel = int(shelf.record[store.SLABS])
+            count = min(nbytes // len(self._shelves) // shelf.slab_bytes, len(shelf.given))
+            for _ in range(count):
+                slab, first = shelf.given.pop(), int(following[sentinel])
+                following[slab], before[slab] = first, sentinel
+                following[sentinel], before[first] = slab, slab
+            self._resize(shelf, count)
+
+    @property
+    def given_bytes(self) -> int:
+        """Bytes that were given back."""
+        return sum(len(shelf.given) * shelf.slab_bytes for shelf in self._shelves.values())
+
+    def _resize(self, shelf: _Shelf, more: int) -> None:
+        shelf.slabs += more
+        shelf.record[store.QUOTA] = _quota(shelf.slabs, shelf.layers, self._config.experts)
+
+    def filled(self) -> Array:
+        """The largest stretch of slabs from the first on that have all been read into."""
+        largest = np.zeros(0, np.uint8)
+        for shelf in self._shelves.values():
+            empty = np.flatnonzero(shelf.arrays[2] == store.NOBODY)
+            count = int(empty[0]) if len(empty) else len(shelf.arrays[2])
+            if shelf.memory is not None and count * shelf.slab_bytes > len(largest):
+                largest = np.frombuffer(shelf.memory, np.uint8, count * shelf.slab_bytes)
+        return largest
+
     # ---- for programs ----
 
     @property
@@ -283,15 +402,12 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         file = self._open(tensor.path)
         begin = tensor.offset // BLOCK * BLOCK
         end = tensor.offset + tensor.nbytes
-        memory = mmap.mmap(-1, -(-(end - begin) // BLOCK) * BLOCK)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = _anonymous(-(-(end - begin) // BLOCK) * BLOCK)
         view, at = memoryview(memory), begin
         while at < end:
             piece = view[at - begin : at - begin + PIECE]
             try:
-                got = os.preadv(file.number, [piece], at)
+                got = os.preadv(file, [piece], at)
             except OSError as error:
                 raise _failed(tensor.path, at, len(piece), error) from None
             if got <= 0:
@@ -311,7 +427,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         file, offset, stride, nbytes, _ = (
             int(word) for word in self._layers[layer, place : place + store.SLICE_WORDS]
         )
-        path = self._paths[layer]
+        path = self._paths[layer][number]
         begin = offset + expert * stride
         block = begin // BLOCK * BLOCK
         buffer = mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK + BLOCK)
@@ -363,39 +479,31 @@ def _end(
     record: Array,
     threads: list[threading.Thread],
     pipe: list[int],
-    files: dict[Path, _OpenFile],
+    files: dict[Path, int],
 ) -> None:
     if pipe:
         record[store.STOPPING] = 1
         os.write(pipe[1], bytes(len(threads)))
     for thread in threads:
         thread.join()
-    for number in (*pipe, *(file.number for file in files.values())):
+    for number in (*pipe, *files.values()):
         os.close(number)
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Zeroed pages of this process alone, large ones where there are any.
+
+    Python's default would be shared ones, which are never large and cannot be given back.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _failed(path: Path, offset: int, nbytes: int, error: OSError | None = None) -> Error:
     reason = f": {error.strerror}" if error else ""
     return ResourceError(f"{path}: {nbytes:,} bytes at byte {offset:,} cannot be read{reason}")
-
-
-def _open_direct(path: Path) -> int:
-    """A file descriptor whose reads go past the page cache, where the file system lets them."""
-    try:
-        direct = getattr(os, "O_DIRECT", 0)
-        if direct:
-            with contextlib.suppress(OSError):
-                number = os.open(path, os.O_RDONLY | direct)
-                try:
-                    os.preadv(number, [mmap.mmap(-1, BLOCK)], 0)
-                    return number
-                except OSError:
-                    os.close(number)
-        number = os.open(path, os.O_RDONLY)
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(number, fcntl.F_NOCACHE, 1)
-        return number
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ondevice.experts import Counts
+from ondevice.forecast import what_limits
 from ondevice.kernels import layout
 from ondevice.sampling import Sampling
 from ondevice.state import State
@@ -97,6 +99,7 @@ class Completion:
         self.ended_with: int | None = None
         self.prompt_seconds = 0.0
         self.decode_seconds = 0.0
+        self._experts_before = model.expert_counts
         self._runs = self._bursts()
         self._pieces: Generator[str] | None = None  # made when wanted: it refers to this object
 
@@ -129,15 +132,31 @@ class Completion:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds, and tokens per second, of the prompt and of the answer."""
+        """Seconds, and tokens per second, of the prompt and of the answer; what the disk gave."""
         decoded = len(self.tokens) + (self.ended_with is not None)
+        experts = self.experts
         return {
             "load_seconds": self._model.load_seconds,
             "prompt_seconds": self.prompt_seconds,
             "prompt_tokens_per_second": _rate(self.prefilled_tokens, self.prompt_seconds),
             "decode_seconds": self.decode_seconds,
             "decode_tokens_per_second": _rate(decoded - 1, self.decode_seconds),
+            "expert_hit_rate": experts.hit_rate,
+            "disk_bytes": experts.bytes_read,
+            "disk_wait_seconds": experts.waiting / self._model.threads,
         }
+
+    @property
+    def experts(self) -> Counts:
+        """What came of the experts that this answer wanted, and other answers meanwhile."""
+        return self._model.expert_counts - self._experts_before
+
+    @property
+    def limit(self) -> str:
+        """One sentence on what bounded the speed."""
+        seconds = self.prompt_seconds + self.decode_seconds
+        waiting = self.experts.waiting / self._model.threads / seconds if seconds else 0.0
+        return what_limits(self._model.plan, self.experts.hit_rate, waiting)
 
     def _stream(self) -> Generator[str]:
         stream = TextStream(self._model.tokenizer)

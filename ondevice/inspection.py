@@ -75,6 +75,72 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
 
 
+def predict(
+    path: str | os.PathLike[str],
+    memory: int,
+    threads: int | None = None,
+    context: int | None = None,
+    kv: str = "f16",
+) -> dict[str, Any]:
+    """Where the bytes of a budget go, and how fast this machine would write with it.
+
+    Measures the bandwidths of memory and disk: takes some seconds.
+    """
+    from ondevice import disk, doctor
+    from ondevice.experts import READERS
+    from ondevice.forecast import forecast, what_limits
+    from ondevice.model import Model, default_threads
+
+    planned = Model.planned(Path(path), threads, context, memory, kv)
+    described = describe(path)
+    config, plan = described["config"], planned.plan
+    token = described["bytes_per_token"] + 2 * described["state_bytes"]
+    token += planned.likely_router_bytes if plan.cached else 0
+    memory_rate = doctor.speeds(threads or default_threads())["read_bandwidth"]
+    disk_rate = 0.0
+    if plan.cached:
+        disk_rate = disk.bandwidth(Path(path), plan.needs.slice, READERS, planned.missed)
+    uses = config["layers"] * config["experts_used"]
+    predicted = forecast(plan, planned.usage, uses, token, memory_rate, disk_rate)
+    share = 1 - predicted.computing / predicted.seconds
+    return {
+        "budget": memory,
+        "context": planned.context,
+        "experts_from": "disk" if plan.cached else "memory",
+        "total": plan.total,
+        "parts": plan.parts(),
+        "pool_experts": plan.pool // plan.needs.expert,
+        "read_bandwidth": memory_rate,
+        "disk_bandwidth": disk_rate,
+        "expert_hit_rate": predicted.hit_rate,
+        "hit_rate_from": planned.usage.source,
+        "disk_bytes_per_token": predicted.disk_bytes,
+        "tokens_per_second": predicted.tokens_per_second,
+        "limited_by": what_limits(plan, predicted.hit_rate, share),
+    }
+
+
+def prediction_table(found: dict[str, Any]) -> str:
+    """`predict`'s result as lines to read."""
+    names = {"keys_and_values": f"keys and values, {found['context']:,} tokens"}
+    rows = [
+        (f"  {_size(nbytes)}", names.get(name, name.replace("_", " ")))
+        for name, nbytes in found["parts"].items()
+    ]
+    rows.append((f"  {_size(found['total'])}", f"in all, of {_size(found['budget'])}"))
+    lines = [f"{size:<13} {name}" for size, name in rows]
+    speed = f"{found['tokens_per_second']:.3g} tokens/s expected"
+    if found["experts_from"] == "disk":
+        speed += (
+            f": {found['expert_hit_rate']:.0%} of experts in memory ({found['hit_rate_from']}), "
+            f"{found['disk_bytes_per_token'] / 1e6:.0f} MB per token from disk "
+            f"at {found['disk_bandwidth'] / 1e9:.2f} GB/s"
+        )
+    return "\n".join(
+        ["budget", *lines, f"speed       {speed};", f"            {found['limited_by']}"]
+    )
+
+
 def state_bytes(config: Config) -> int:
     """Bytes of recurrent state that one sequence keeps, whatever its length."""
     memory = config.value_heads * config.state_size * config.state_size

@@ -31,16 +31,22 @@ TASKS = 8  # of each thread, in a pass of multiplications
 
 
 class Machine:
-    """Probes for `threads` threads; holds LEAST_BYTES of memory or more."""
+    """Probes for `threads` threads.
 
-    def __init__(self, run: Run, threads: int) -> None:
+    They read `memory`, which has real pages behind it, if it is LEAST_BYTES or more; otherwise they
+    hold as much themselves.
+    """
+
+    def __init__(self, run: Run, threads: int, memory: Array | None = None) -> None:
         self._run = run
         self._step = np.zeros(layout.STEP_WORDS, np.int64)
         self._step[layout.COUNT] = 1
         self._threads = threads
         nbytes = max(LEAST_BYTES, CACHES * last_cache())
-        memory = zeros(nbytes)
-        memory[::4096] = 1  # have real pages behind it
+        if memory is None or len(memory) < LEAST_BYTES:
+            memory = zeros(nbytes)
+            memory[::4096] = 1  # have real pages behind it
+        nbytes = min(nbytes, len(memory))
         self._reads = [
             self._operations(probe.read_memory, memory[start:], PASS_BYTES // probe.CHUNK)
             for start in range(0, nbytes - PASS_BYTES + 1, PASS_BYTES)

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ondevice.budget import Needs, Plan, plan
+from ondevice import usage
+from ondevice.budget import Needs, Plan, available, plan
 from ondevice.chat import Template
 from ondevice.config import Config
 from ondevice.experts import Counts, Pool
@@ -55,6 +57,29 @@ BATCH = 512
 HEAD_ROWS = 16
 """Rows that the output head computes at a time."""
 DEFAULT_CONTEXT = 32768
+LEAST_CONTEXT = 4096
+CONTEXT_SHARE = 0.1
+"""Of a budget that the file does not fit into, what the default context's keys and values may take;
+down to LEAST_CONTEXT tokens."""
+MISSED = 2000
+"""Places of experts that a plan names."""
+RESERVE = 256 << 20
+"""Bytes of free memory below which the pool of experts gives some back."""
+LOOK_SECONDS = 0.25
+"""Time between two looks at what is free."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What opening a model would take."""
+
+    plan: Plan
+    context: int
+    usage: usage.Usage
+    """What earlier runs noted of its experts."""
+    likely_router_bytes: int
+    missed: tuple[int, ...]
+    """Where in the file those experts' parts are that were used and that the pool cannot hold."""
 
 
 class Model:
@@ -77,17 +102,13 @@ class Model:
         self._pool: Pool | None = None
         self._file = GGUFFile.open(path)
         try:
-            self.config = Config.from_gguf(self._file)
-            self.context = _context(context, self.config)
-            weights = Weights(self._file, self.config)
-            weights.check()
             threads = _threads(threads)
+            self._prepare(context, threads, memory)
             building = time.perf_counter()
-            self._build(weights, threads)
-            self.plan = self._plan(weights, memory)
             functions = [begin, serve]
             if self.plan.cached:
-                self._pool = Pool(weights, self.config)
+                self._pool = Pool(Weights(self._file, self.config), self.config)
+                self._pool.open()
                 weights = Weights(self._file, self.config, self._pool.read_tensor)
                 self._build(weights, threads)
                 functions.append(read)
@@ -101,9 +122,12 @@ class Model:
                 waiting = time.perf_counter()
             self.compile_seconds += time.perf_counter() - waiting
             if self._pool is not None:
+                self._usage_name = usage.identity(self._file, self.config)
+                self._usage = usage.load(self._usage_name, self.config)
                 self._pool.allocate(self.plan.pool)
             self._team = Team(threads)
-            self._pace = Pace(threads)
+            # how long a token waits for the disk says nothing about threads
+            self._pace = Pace(threads, fixed=self._pool is not None)
             self.snapshots = Snapshots(max(LEAST_MEMORY, self.plan.needs.delta_memory))
         except BaseException:
             if self._pool is not None:
@@ -116,7 +140,62 @@ class Model:
         self._lock = threading.Lock()
         self.prompt_cache = PromptCache(self) if prompt_cache else None
         """Beginnings of prompts that were read before; None where none are kept."""
+        self._asked = False  # whether there was a request already
+        self._looked = 0.0  # when the system was last asked for free memory
+        if self._pool is not None:
+            warming = (self._usage, self._unless_asked)
+            self._warming = threading.Thread(target=self._pool.warm, args=warming, daemon=True)
+            self._warming.start()
         self.load_seconds = time.perf_counter() - started
+
+    @classmethod
+    def planned(
+        cls,
+        path: Path,
+        threads: int | None = None,
+        context: int | None = None,
+        memory: int | None = None,
+        kv: str = "f16",
+    ) -> "Planned":
+        """Where the bytes would go if the model were opened so, and what is known of its use."""
+        model = cls.__new__(cls)
+        model.path, model.kv, model._pool = path, _cache_type(kv), None
+        model._file = GGUFFile.open(path)
+        try:
+            model._prepare(context, _threads(threads), memory)
+            known = usage.load(usage.identity(model._file, model.config), model.config)
+            weights = Weights(model._file, model.config)
+            held = model.plan.pool // model.plan.needs.expert
+            used = known.by_use()[held // 2 :]
+            missed = tuple(
+                offset
+                for layer, expert in used[:: max(1, len(used) // MISSED)]
+                for offset in weights.expert_offsets(layer, expert)
+            )
+            return Planned(model.plan, model.context, known, weights.likely_router_bytes, missed)
+        finally:
+            model._programs = ()
+            model._file.close()
+
+    def _prepare(self, context: int | None, threads: int, memory: int | None) -> None:
+        """Configuration, programs on the mapped file, and the plan.
+
+        A context that nobody asked for is made smaller where it would take much of a budget.
+        """
+        self.config = Config.from_gguf(self._file)
+        self.context = _context(context, self.config)
+        weights = Weights(self._file, self.config)
+        weights.check()
+        self._build(weights, threads)
+        budget = memory if isinstance(memory, int) else available()
+        needs = self._needs(weights)
+        if context is None and budget is not None and needs.mapped > budget:
+            while needs.keys_and_values > CONTEXT_SHARE * budget or needs.least > budget:
+                if self.context // 2 < LEAST_CONTEXT:
+                    break
+                self.context //= 2
+                needs = self._needs(weights)
+        self.plan = plan(needs, memory, self.path)
 
     def _build(self, weights: Weights, threads: int) -> None:
         config = self.config
@@ -153,24 +232,29 @@ class Model:
         self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
 
-    def _plan(self, weights: Weights, memory: int | None) -> Plan:
+    def _needs(self, weights: Weights) -> Needs:
         config = self.config
-        with Pool(weights, config) as pool:
-            needs = Needs(
-                file=self._file.nbytes,
-                dense=weights.dense_bytes,
-                keys_and_values=cache_bytes(config, self.context, self.kv),
-                delta_memory=state_bytes(config),
-                buffers=sum(program.nbytes for program in self._programs) + self._scratch.nbytes,
-                least_pool=pool.least_bytes,
-                most_pool=pool.most_bytes,
-            )
-        return plan(needs, memory, self.path)
+        pool = Pool(weights, config)
+        return Needs(
+            file=self._file.nbytes,
+            dense=weights.dense_bytes + weights.likely_router_bytes,
+            keys_and_values=cache_bytes(config, self.context, self.kv),
+            delta_memory=state_bytes(config),
+            buffers=sum(program.nbytes for program in self._programs) + self._scratch.nbytes,
+            least_pool=pool.least_bytes,
+            most_pool=pool.most_bytes,
+            expert=pool.expert_bytes,
+            slice=pool.slice_bytes,
+        )
 
     @property
     def expert_counts(self) -> Counts:
         """What the pool of experts has done since the start; nothing where the file is mapped."""
         return self._pool.counts if self._pool is not None else Counts()
+
+    def pool_memory(self) -> Array | None:
+        """Memory of the pool that is in use, for probes of the machine to read."""
+        return self._pool.filled() if self._pool is not None else None
 
     # ---- the native calls ----
 
@@ -194,8 +278,27 @@ class Model:
         return {"prefill": self._prefill, "decode": self._decode, "head": self._head}
 
     @contextmanager
+    def _unless_asked(self) -> Iterator[bool]:
+        """Keeps requests waiting; false if there has been one."""
+        with self._lock:
+            yield not (self._closed or self._asked)
+
+    def _watch_memory(self, pool: Pool) -> None:
+        """Give slabs back where the system is short of memory, take them again where it is not."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        free = available()
+        if free is not None and free < RESERVE:
+            pool.shrink(RESERVE - free)
+        elif pool.given_bytes and (free is None or free > 2 * RESERVE):
+            pool.grow(min(pool.given_bytes, (free or pool.given_bytes) - RESERVE))
+
+    @contextmanager
     def _alone(self) -> Iterator[Team]:
         """The team, when the calls before this one are done."""
+        self._asked = True
         with self._lock:
             if self._closed:
                 raise Error(f"{self.path}: the model is closed")
@@ -216,6 +319,8 @@ class Model:
     ) -> None:
         """Run a program; Error if an expert could not be read, or the file has changed."""
         self._file.check()
+        if self._pool is not None:
+            self._watch_memory(self._pool)
         step[layout.OUTCOME] = 0
         team.run(program.records, step, profile, threads)
         if self._pool is not None and step[layout.OUTCOME] == layout.READ_FAILED:
@@ -392,7 +497,9 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Tells this model from others: states can only be exchanged where it is the same."""
-        with self._alone():
+        with self._lock:
+            if self._closed:
+                raise Error(f"{self.path}: the model is closed")
             self._file.check()
             return self._file.fingerprint()
 
@@ -409,6 +516,7 @@ class Model:
                 self.snapshots.close()
                 self._team.close()
                 if self._pool is not None:
+                    usage.save(self._usage_name, self._usage, self._pool.usage)
                     self._pool.close()
                 self._programs = ()  # they hold on to the file's memory
                 self._file.close()
@@ -420,10 +528,14 @@ class Model:
         self.close()
 
 
+def default_threads() -> int:
+    """As many as there are cores for this process."""
+    return min(cores(), MOST_THREADS)
+
+
 def _threads(wanted: int | None) -> int:
-    """As asked for; by default as many as there are cores for this process."""
     if wanted is None:
-        return min(cores(), MOST_THREADS)
+        return default_threads()
     if not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
         raise UsageError(
             f"threads is {wanted!r}; it must be a whole number from 1 to {MOST_THREADS}"

@@ -17,11 +17,11 @@ SHORTEST = 0.008  # seconds of a burst that says anything
 
 
 class Pace:
-    """Chooses among `threads`, half of them, a quarter ... and one."""
+    """Chooses among `threads`, half of them, a quarter ... and one; or keeps to it if `fixed`."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, fixed: bool = False) -> None:
         self._choices = [threads]
-        while self._choices[-1] > 1:
+        while self._choices[-1] > 1 and not fixed:
             self._choices.append(self._choices[-1] // 2)
         self._best = 0  # index of the choice in use
         self._seconds = [0.0] * len(self._choices)  # per token, when last seen

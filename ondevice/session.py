@@ -135,8 +135,9 @@ class Session:
         count = self._state.tiles_to(min(held, len(other._tokens)))
         other._state.tiles[:, :count] = self._state.tiles[:, :count]
         if self.position <= len(other._tokens):
+            self._state.settle()
             other._state.memory[:] = self._state.memory
-            other._state.position = self.position
+            other._state.arrive(self.position)
         else:
             other._history.restore(other._state, len(other._tokens))
         return other

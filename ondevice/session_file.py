@@ -149,6 +149,7 @@ def _turn(values: Any, tokens: int) -> tuple[str, str, int | None, int | None]:
 
 def write_state(writer: Writer, state: State) -> None:
     """The records `memo` and `keys`."""
+    state.settle()
     writer.record(b"memo", state.memory)
     count = state.tiles_to(state.position)
     for first in range(0, count, RUN):
@@ -169,4 +170,4 @@ def read_state(reader: Reader, state: State, position: int) -> None:
         target = buffer[: rows * tiles * nbytes]
         reader.payload_into(target)
         state.tiles[:, first : first + tiles] = target.reshape(rows, tiles, nbytes)
-    state.position = position
+    state.arrive(position)

@@ -98,10 +98,11 @@ class Snapshots:
                         break
                     if older.memory is not None:
                         self._spill(older)
-                slot = _Slot(state.memory.copy(), nbytes)
+                slot = _Slot(state.snapshot().memory, nbytes)
                 self.memory_bytes += nbytes
             else:
                 slot = _Slot(None, nbytes)
+                state.settle()
                 if not self._write(slot, state.memory):
                     return None
             self._slots[key] = slot
@@ -119,7 +120,7 @@ class Snapshots:
                 state.restore(Snapshot(slot.memory, copy.position))
                 return True
             if _read(slot, state.memory):
-                state.position = copy.position
+                state.arrive(copy.position)
                 return True
             self._drop(copy.key)
             state.reset()

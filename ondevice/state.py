@@ -57,6 +57,13 @@ class State:
         self.memory[:] = snapshot.memory
         self.position = snapshot.position
 
+    def settle(self) -> None:
+        """Make the memory that of `position`, which it is already."""
+
+    def arrive(self, position: int) -> None:
+        """The memory was filled from elsewhere with what it is at a position."""
+        self.position = position
+
     def tiles_to(self, position: int) -> int:
         """How many tiles hold the keys and values of so many positions."""
         return -(-position // TILE)

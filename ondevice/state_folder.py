@@ -99,6 +99,7 @@ class StateFolder:
         ResourceError if one cannot be written.
         """
         assert state.position == len(tokens)
+        state.settle()
         tiles = BLOCK // TILE
         digests = list(self.chain(tokens))
         paths = [self.keys_path(digest) for digest in digests[1:]]
@@ -138,7 +139,7 @@ class StateFolder:
         if not self._read(path, state.memory, rest):
             state.reset()
             return False
-        state.position = position
+        state.arrive(position)
         return True
 
     def remove(self, path: Path) -> None:

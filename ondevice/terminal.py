@@ -51,12 +51,18 @@ def printable(text: str) -> str:
 
 
 def timing_line(completion: "Completion") -> str:
-    """One line on the speed of a finished answer."""
+    """One line on the speed of a finished answer, and one on what limits it if that is the disk."""
     timings = completion.timings
-    return (
+    line = (
         f"read {completion.prefilled_tokens} tokens at "
         f"{timings['prompt_tokens_per_second']:.1f} per second, "
         f"wrote {len(completion.tokens)} at {timings['decode_tokens_per_second']:.1f} per second"
+    )
+    if not timings["disk_bytes"]:
+        return line
+    return (
+        f"{line}\n{timings['expert_hit_rate']:.0%} of experts were in memory, "
+        f"{timings['disk_bytes'] / 1e9:.2f} GB came from disk: {completion.limit}"
     )
 
 

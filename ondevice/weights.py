@@ -31,6 +31,7 @@ from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile, Tensor
 from quant.errors import Error
 from quant.format import Array, Format
+from quant.registry import FORMATS
 
 LISTED = 5  # missing tensors named in one message
 CACHE_LINE = 64
@@ -108,10 +109,42 @@ class Weights:
             owner=data,
         )
 
+    def likely_router(self, layer: int) -> Matrix:
+        """(experts, hidden), good enough to guess by: the layer's router in a quarter of its bytes.
+
+        Where rows of the hidden size do not fill blocks, the router itself.
+        """
+        config = self.config
+        router = self.matrix(f"blk.{layer}.ffn_gate_inp.weight", config.experts, config.hidden)
+        small = FORMATS["Q8_0"]
+        if config.hidden % small.length or small.quantize is None:
+            return router
+        raw = np.asarray(router.owner)
+        values = router.format.dequantize(router.format.blocks(raw)).reshape(-1, config.hidden)
+        owner = _private(config.experts * small.row_bytes(config.hidden))
+        owner[:] = small.quantize(values).view(np.uint8).reshape(-1)
+        return Matrix(
+            name=router.name,
+            address=int(owner.__array_interface__["data"][0]),
+            rows=router.rows,
+            columns=router.columns,
+            row_bytes=small.row_bytes(config.hidden),
+            format=small,
+            owner=owner,
+        )
+
     @property
     def private_bytes(self) -> int:
         """Bytes of the matrices in private memory."""
         return sum(data.nbytes for data in self._private.values())
+
+    @property
+    def likely_router_bytes(self) -> int:
+        """Bytes of what `likely_router` makes for every layer but the first."""
+        config, small = self.config, FORMATS["Q8_0"]
+        if config.hidden % small.length:
+            return 0
+        return (config.layers - 1) * config.experts * small.row_bytes(config.hidden)
 
     @property
     def dense_bytes(self) -> int:
@@ -206,6 +239,13 @@ class Weights:
             for offset in (0, width * both.row_bytes)
         )
         return gate, up, both.stride
+
+    def expert_offsets(self, layer: int, expert: int) -> Iterator[int]:
+        """Where an expert's parts begin in the file, as far as they are in its first part."""
+        for part in ("gate", "up", "gate_up", "down"):
+            tensor = self.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight")
+            if tensor is not None and tensor.path == self.path:
+                yield tensor.offset + expert * (tensor.nbytes // self.config.experts)
 
     def check(self) -> None:
         """Error unless every tensor the model needs is there with its shape; others are ignored."""

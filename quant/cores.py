@@ -8,6 +8,8 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+UNLIMITED = 1 << 60
+"""Version 1 spells "no limit" as the largest number of whole pages."""
 
 
 def cores() -> int:
@@ -35,7 +37,8 @@ def cpu_quota() -> float | None:
 def memory_limit() -> int | None:
     """Bytes of memory that a container grants; None: as much as there is."""
     limits = [int(text) for text in group_files("memory.max") if text.strip() != "max"]
-    return min(limits, default=None)
+    limits += [int(text) for text in group_files("memory.limit_in_bytes", "memory")]
+    return min((limit for limit in limits if limit < UNLIMITED), default=None)
 
 
 def memory_in_use() -> int | None:
@@ -43,16 +46,27 @@ def memory_in_use() -> int | None:
     for text in group_files("memory.stat"):
         fields = dict(line.split() for line in text.splitlines())
         return int(fields["anon"]) + int(fields.get("kernel", 0)) + int(fields.get("shmem", 0))
+    for text in group_files("memory.stat", "memory"):
+        fields = dict(line.split() for line in text.splitlines())
+        return int(fields["total_rss"]) + int(fields.get("total_shmem", 0))
     return None
 
 
-def group_files(name: str) -> Iterator[str]:
-    """A file of this process's control group (version 2) and of every group around it."""
+def group_files(name: str, controller: str = "") -> Iterator[str]:
+    """A file of this process's control group and of every group around it.
+
+    Version 2 has one tree of groups; version 1 has one for each `controller`.
+    """
     with contextlib.suppress(OSError):
-        lines = MEMBERSHIP.read_text().splitlines()
-        own = next((line[3:] for line in lines if line.startswith("0::")), "/")
-        group = CGROUPS / own.lstrip("/")
+        lines = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
+        owns = [
+            own
+            for number, controllers, own in lines
+            if (controller in controllers.split(",") if controller else number == "0")
+        ]
+        top = CGROUPS / controller
+        group = top / (owns[0] if owns else "/").lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(CGROUPS):
+            if folder.is_relative_to(top):
                 with contextlib.suppress(OSError):
                     yield (folder / name).read_text()

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 import cli
 import ondevice
+from ondevice import usage
 from tests.fake_model import FakeModel
 
 
@@ -16,6 +17,13 @@ from tests.fake_model import FakeModel
 def interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_usage_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Models of tests leave nothing in the user's folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    usage.cache_root = lambda: folder  # type: ignore[assignment]
 
 
 @pytest.fixture

@@ -24,7 +24,11 @@ class FakeCompletion:
             "prompt_tokens_per_second": prompt_tokens / 0.5,
             "decode_seconds": 2.0,
             "decode_tokens_per_second": sum(map(len, pieces)) / 2.0,
+            "expert_hit_rate": 1.0,
+            "disk_bytes": 0,
+            "disk_wait_seconds": 0.0,
         }
+        self.limit = "nothing"
 
     def __iter__(self) -> Iterator[str]:
         for piece in self.pieces:

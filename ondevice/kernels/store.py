@@ -89,6 +89,7 @@ DEMAND, GUESSES, LAYERS, TURN = range(5, 9)
 PIPE_INPUT, PIPE_OUTPUT, READ, WRITE, NAP, CLOCK, READ_AT = range(9, 16)
 HITS, LATE, MISSES, WAITED, BYTES, READING, GUESSED = (LINE * n for n in range(1, 8))  # counters
 GUESSING, QUIET, HIT_SHARE, FEW_GUESSES, MANY_GUESSES = range(16 * LINE, 16 * LINE + 5)
+INTERVALS, OPEN_INTERVALS = 16 * LINE + 5, 16 * LINE + 6  # arrays of counts, ondevice/usage.py
 SPACES = 8 * LINE  # a line for each reader
 BYTES_TO_READERS = 17 * LINE
 STORE_WORDS = BYTES_TO_READERS + LINE
@@ -96,10 +97,11 @@ STORE_WORDS = BYTES_TO_READERS + LINE
 # a layer's experts
 SHELF, SLICES, SLABS_OF, USES, EXPERTS = range(5)
 GATE_SLICE, UP_SLICE, UP_OFFSET, DOWN_SLICE = range(5, 9)
-SLICE = 9  # first word of the first slice
+LAST_USED, NOW = 9, 10  # int32 array: by which decoded token, from 1 on; tokens decoded so far
+SLICE = 11  # first word of the first slice
 FILE, OFFSET, STRIDE, SIZE, AREA = range(5)
 SLICE_WORDS = 5
-LAYER_WORDS = SLICE + SLICE_WORDS * MOST_SLICES + 1
+LAYER_WORDS = SLICE + SLICE_WORDS * MOST_SLICES
 
 # a shelf
 SLABS, SLAB_BYTES, MEMORY, NEXT, PREVIOUS, HOLDERS, WORDS, TURNS, QUOTA = range(9)
@@ -379,6 +381,32 @@ def is_kept(routing, i):
 
 
 @inner
+def bucket(interval):
+    """Two buckets for each power of 2: 1, 2, 3, 4-5, 6-7, 8-11 ..."""
+    power = 0
+    while interval >> (power + 1) != 0:
+        power += 1
+    half = interval >> (power - 1) & 1 if power > 0 else 0
+    return 2 * power + half
+
+
+@inner
+def note_uses(store, layer, routing, tokens):
+    """Count decoded tokens' uses of experts, and how long ago each was last used."""
+    now = word(layer, NOW) + tokens
+    store_i64(layer + WORD * NOW, now)
+    numbers, last_used = word(routing, NUMBERS), word(layer, LAST_USED)
+    for i in range(word(routing, ALL)):
+        expert = load_i32(numbers + 4 * i)
+        uses = word(layer, USES) + WORD * expert
+        store_i64(uses, load_i64(uses) + slots_of(routing, i))
+        before = load_i32(last_used + 4 * expert)
+        counts = word(store, INTERVALS) if before > 0 else word(store, OPEN_INTERVALS)
+        count_up(counts, bucket(now - before), 1)
+        store_i32(last_used + 4 * expert, now)
+
+
+@inner
 def begin_layer(store, layer, index, routing, turn):
     """Order the touched experts; returns the number of units asked for."""
     shelf, total = word(layer, SHELF), word(routing, ALL)
@@ -389,8 +417,6 @@ def begin_layer(store, layer, index, routing, turn):
     for i in range(total):
         expert = load_i32(numbers + 4 * i)
         slab = load_i32(word(layer, SLABS_OF) + 4 * expert)
-        uses = word(layer, USES) + WORD * expert
-        store_i64(uses, load_i64(uses) + slots_of(routing, i))
         rank = 2
         if slab != NOBODY:
             unlink(shelf, slab)
@@ -484,6 +510,8 @@ def claim(op, step, task, scratch):
     turn = word(store, TURN) + 1
     store_i64(store + WORD * TURN, turn)
     choose_kept(word(layer, SHELF), routing, word(step, COUNT))
+    if word(step, COUNT) <= BATCH:
+        note_uses(store, layer, routing, word(step, COUNT))
     units = begin_layer(store, layer, index, routing, turn)
     units += give_slabs(store, layer, index, routing, 0, turn)
     wake_readers(store, units)

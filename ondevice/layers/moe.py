@@ -127,7 +127,7 @@ def _next_logits(
 ) -> Buffer:
     """What the next layer's router makes of the stream that enters this layer's experts."""
     norm = weights.vector(f"blk.{layer}.post_attention_norm.weight", config.hidden)
-    router = weights.matrix(f"blk.{layer}.ffn_gate_inp.weight", config.experts, config.hidden)
+    router = weights.likely_router(layer)
     h = program.norm(x, norm, config.norm_epsilon, "guess input", (router,))
     times = pool.address + WORD * store.GUESSING
     return program.linear(router, h, "guess", then=BESIDE, times=times)

@@ -17,6 +17,8 @@ NEEDS = Needs(
     buffers=GIGABYTE // 4,
     least_pool=GIGABYTE // 32,
     most_pool=44 * GIGABYTE,
+    expert=1 << 21,
+    slice=1 << 19,
 )
 PATH = Path("model.gguf")
 

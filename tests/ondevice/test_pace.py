@@ -52,3 +52,11 @@ def test_short_bursts_say_nothing() -> None:
     for seconds in (0.001, 0.007, 0.0001):
         pace.note(1, seconds)
         assert not pace.trying
+
+
+def test_a_fixed_number_stays() -> None:
+    pace = Pace(8, fixed=True)
+    for seconds in (1.0, 5.0, 0.1, 9.0):
+        pace.note(1, seconds)
+        assert not pace.trying
+        assert pace.choose() == 8

@@ -50,3 +50,21 @@ def test_the_tightest_memory_limit_counts(groups: Path) -> None:
     (groups / "memory.max").write_text("4096\n")
     (groups.parent / "memory.max").write_text("8192\n")
     assert cores.memory_limit() == 4096
+
+
+def test_memory_of_a_group_of_version_1(groups: Path) -> None:
+    (groups.parents[2] / "membership").write_text("9:name=systemd:/\n4:memory,cpu:/box\n")
+    box = groups.parents[1] / "memory" / "box"
+    box.mkdir(parents=True)
+    assert cores.memory_limit() is None
+    assert cores.memory_in_use() is None
+    (box.parent / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert cores.memory_limit() is None
+    (box / "memory.limit_in_bytes").write_text("8192\n")
+    (box / "memory.stat").write_text("cache 5\nrss 1\ntotal_cache 5\ntotal_rss 3000\n")
+    assert (cores.memory_limit(), cores.memory_in_use()) == (8192, 3000)
+
+
+def test_memory_that_a_group_of_version_2_has_taken(groups: Path) -> None:
+    (groups / "memory.stat").write_text("anon 100\nfile 5000\nkernel 20\nshmem 3\n")
+    assert cores.memory_in_use() == 123

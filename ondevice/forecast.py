@@ -1,0 +1,74 @@
+"""How fast a model will write on this machine under a memory budget, from what limits it.
+
+    computing   (weights, state and keys and values of a token) / read bandwidth / COMPUTING
+    disk        uses of experts a token x share not in the pool x bytes / the disk's bandwidth
+    a token     sqrt(computing^2 + disk^2): the two overlap, less so where neither has slack
+
+The share that is not in the pool comes from what was noted of this model's earlier runs, or else
+from published traces (ondevice/usage.py).
+"""
+
+from dataclasses import dataclass
+
+from ondevice.budget import Plan
+from ondevice.usage import Usage
+
+COMPUTING = 0.85
+"""Of the read bandwidth, what decoding reaches (docs/benchmarks.md)."""
+MATTERS = 0.2
+"""Share of the time from which on waiting for the disk is what limits the speed."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a token takes."""
+
+    computing: float
+    """Seconds."""
+    disk: float
+    """Seconds that the disk needs."""
+    hit_rate: float
+    disk_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a token, all in all."""
+        return float((self.computing**2 + self.disk**2) ** 0.5)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / self.seconds
+
+
+def forecast(
+    plan: Plan,
+    usage: Usage,
+    uses_per_token: int,
+    token_bytes: int,
+    read_bandwidth: float,
+    disk_bandwidth: float,
+) -> Forecast:
+    """What a token of `token_bytes` takes; bandwidths in bytes per second."""
+    computing = token_bytes / read_bandwidth / COMPUTING
+    if not plan.cached:
+        return Forecast(computing, 0.0, 1.0, 0.0)
+    hits = usage.hit_rate(plan.pool // plan.needs.expert, uses_per_token)
+    disk_bytes = uses_per_token * (1 - hits) * plan.needs.expert
+    return Forecast(computing, disk_bytes / disk_bandwidth, hits, disk_bytes)
+
+
+def what_limits(plan: Plan, hit_rate: float, waiting: float) -> str:
+    """One sentence on what bounds the speed and what would help.
+
+    `waiting` is the share of the time in which threads waited for the disk.
+    """
+    if not plan.cached:
+        return "the memory's bandwidth limits the speed; the whole model is in memory"
+    if waiting < MATTERS:
+        return (
+            f"the memory's bandwidth limits the speed; {hit_rate:.0%} of the experts were in memory"
+        )
+    return (
+        f"the disk limits the speed, waiting for it takes {waiting:.0%} of the time; more than "
+        f"{plan.budget / (1 << 30):.3g}G of --memory or a faster disk would help"
+    )

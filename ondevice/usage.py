@@ -1,0 +1,152 @@
+"""How a model's experts are used: what is warmed at the next start, and what a pool would hold.
+
+Two things are noted while tokens are decoded one by one (kernels/store.py). How often each expert
+was used; and after how many tokens it was used again, in buckets: BUCKETS counts of the intervals
+that ended in a use, and as many of those that had not ended before the first use was seen, of which
+only a lower bound is known.
+
+    S(t)  share of uses whose expert was last used more than t tokens ago: Kaplan and Meier's
+          estimate from both counts (J. Am. Stat. Assoc. 53, 1958)
+    F(w)  experts that w tokens use:  F(w + 1) = F(w) + u S(w), u uses a token
+    a least-recently-used pool of C experts misses S(w), where F(w) = C
+          (Denning and Schwartz, "Properties of the working-set model", CACM 15, 1972)
+
+The file is one NumPy archive without pickles, read with suspicion: one that is damaged, foreign or
+of another model counts as none, and one that cannot be written is not.
+"""
+
+import contextlib
+import hashlib
+import secrets
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ondevice.config import Config
+from ondevice.gguf_file import GGUFFile
+from quant.folders import cache_root, private_folder
+from quant.format import Array
+
+BUCKETS = 64
+ENOUGH = 20_000
+"""Uses from which on what was noted is better than what was published."""
+PUBLISHED = ((0.0, 0.0), (0.0625, 0.538), (0.125, 0.67), (0.25, 0.81), (1.0, 1.0))
+"""Share of the experts that a pool holds, share of uses that find theirs: traces of a model of 512
+experts and 10 used, as llama.cpp's pull request 27861 and colibri's notes report them."""
+FADING = 0.5
+"""What earlier runs' uses count for, beside those of the last one."""
+LARGEST = 64 << 20
+
+
+@dataclass
+class Usage:
+    """Counts of one model; all arrays are written to by the readers' store."""
+
+    uses: Array
+    """(layers, experts) int64."""
+    ended: Array
+    """(BUCKETS,) int64: intervals between two uses."""
+    open: Array
+    """(BUCKETS,) int64: intervals that are at least so long."""
+
+    @classmethod
+    def none(cls, config: Config) -> "Usage":
+        """Nothing noted yet."""
+        shape = (config.layers, config.experts)
+        return cls(*(np.zeros(size, np.int64) for size in (shape, BUCKETS, BUCKETS)))
+
+    def by_use(self) -> list[tuple[int, int]]:
+        """(layer, expert) of those that were used, the most used first."""
+        flat = self.uses.reshape(-1)
+        order = np.argsort(flat, kind="stable")[::-1][: np.count_nonzero(flat)]
+        layers, experts = np.divmod(order, self.uses.shape[1])
+        return list(zip(layers.tolist(), experts.tolist(), strict=True))
+
+    @property
+    def source(self) -> str:
+        """Where `hit_rate` comes from."""
+        known = self.ended.sum() >= ENOUGH
+        return "by this model's last runs" if known else "by published traces"
+
+    def hit_rate(self, experts: int, uses_per_token: int) -> float:
+        """Of the uses, those that find their expert in a pool of so many."""
+        total = int(self.uses.size)
+        if experts >= total:
+            return 1.0
+        if self.ended.sum() < ENOUGH:
+            shares, rates = zip(*PUBLISHED, strict=True)
+            return float(np.interp(experts / total, shares, rates))
+        ended, unknown = self.ended.astype(float), self.open.astype(float)
+        at_risk = np.cumsum((ended + unknown)[::-1])[::-1]
+        survive = np.cumprod(1 - ended / np.maximum(at_risk, 1))
+        mean = np.concatenate([[1.0], (survive[:-1] + survive[1:]) / 2])
+        lengths = np.diff(bucket_starts())
+        held = np.cumsum(uses_per_token * mean * lengths)
+        # of a bucket's intervals half are shorter than its middle one
+        middle = held - uses_per_token * mean * np.maximum(lengths - 1, 0) / 2
+        # what one token uses pushes out everything of the token before it
+        sizes = [0.9 * held[0], held[0], *middle[2:]]
+        missed = np.interp(experts, sizes, [1.0, survive[0], *mean[2:]])
+        return 1 - float(missed)
+
+
+def bucket_starts() -> Array:
+    """(BUCKETS + 1,) tokens from which on an interval is in a bucket: 1, 2, 2, 3, 4, 6, 8, 12."""
+    half = np.arange(2, BUCKETS + 1)
+    return np.concatenate([[1.0, 2.0], (2 + half % 2) * 2.0 ** (half // 2 - 1)])
+
+
+def identity(file: GGUFFile, config: Config) -> str:
+    """Tells models apart by their sizes and by the first layer's router."""
+    router = file.tensors["blk.0.ffn_gate_inp.weight"]
+    text = f"{config} {file.nbytes} {sorted(file.tensors)}"
+    return hashlib.sha256(text.encode() + router.data.tobytes()).hexdigest()[:24]
+
+
+def profile_path(name: str) -> Path:
+    """Where the counts of a model of that identity are kept."""
+    return cache_root() / "usage" / f"{name}.npz"
+
+
+def load(name: str, config: Config) -> Usage:
+    """What was kept of earlier runs; nothing if there is nothing sound."""
+    usage = Usage.none(config)
+    with contextlib.suppress(
+        OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    ):
+        path = profile_path(name)
+        if path.stat().st_size > LARGEST:
+            return usage
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = [archive[field] for field in ("uses", "ended", "open")]
+        wanted = (usage.uses, usage.ended, usage.open)
+        for array, like in zip(found, wanted, strict=True):
+            if array.dtype != like.dtype or array.shape != like.shape or (array < 0).any():
+                return usage
+        return Usage(*found)
+    return usage
+
+
+def save(name: str, before: Usage, during: Usage) -> None:
+    """Keep the counts of a run beside those of earlier ones; silently not where nothing can be."""
+    if not during.ended.any():
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        path = profile_path(name)
+        if not private_folder(path.parent):
+            return
+        fields = ("uses", "ended", "open")
+        counts = {
+            field: (getattr(before, field) * FADING).astype(np.int64) + getattr(during, field)
+            for field in fields
+        }
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with temporary.open("xb") as file:
+                np.savez(file, **counts)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
