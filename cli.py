@@ -75,9 +75,7 @@ prompt_cache_option = click.option(
     show_default=True,
     help="Keep what was computed for long prompts on disk, for the next time.",
 )
-running_options = options(
-    threads_option, context_option, memory_option, kv_option, prompt_cache_option
-)
+running_options = options(threads_option, context_option, memory_option, kv_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
     click.option("--top-k", type=int, help="Choose among this many tokens; 0 means all."),
@@ -283,6 +281,7 @@ def inspect(
 )
 @sampling_options
 @running_options
+@prompt_cache_option
 @as_json
 def generate(
     model: str,
@@ -364,6 +363,7 @@ def one_prompt(prompt: str | None, file: str | None) -> str:
 @click.option("--stats", is_flag=True, help="Show the speed after each answer.")
 @sampling_options
 @running_options
+@prompt_cache_option
 def chat(
     model: str | None,
     system: str | None,
