@@ -69,6 +69,12 @@ kv_option = click.option(
     show_default=True,
     help="How keys and values are kept; q8_0 takes half the memory.",
 )
+prompt_cache_option = click.option(
+    "--prompt-cache/--no-prompt-cache",
+    default=True,
+    show_default=True,
+    help="Keep what was computed for long prompts on disk, for the next time.",
+)
 running_options = options(threads_option, context_option, memory_option, kv_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
@@ -275,6 +281,7 @@ def inspect(
 )
 @sampling_options
 @running_options
+@prompt_cache_option
 @as_json
 def generate(
     model: str,
@@ -287,6 +294,7 @@ def generate(
     context: int | None,
     memory: int | None,
     kv: str,
+    prompt_cache: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -294,7 +302,8 @@ def generate(
     if mtp == "on":
         raise UsageError("--mtp on: this version does not guess tokens ahead yet; use auto or off")
     text = one_prompt(prompt, file)
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    with load(model, **settings, prompt_cache=prompt_cache) as loaded:
         if raw:
             ids = loaded.tokenize(text)
             if loaded.tokenizer.add_bos and loaded.tokenizer.bos is not None:
@@ -337,32 +346,63 @@ def one_prompt(prompt: str | None, file: str | None) -> str:
 
 
 @main.command()
-@click.argument("model", default="demo")
+@click.argument("model", required=False)
 @click.option("-s", "--system", help="Tell the model how to behave, before the first message.")
+@click.option(
+    "--session",
+    "name",
+    metavar="NAME",
+    help="Keep the conversation by this name, or go on with it.",
+)
+@click.option(
+    "--continue",
+    "resume",
+    is_flag=True,
+    help="Go on with --session NAME, or with the most recent one.",
+)
 @click.option("--stats", is_flag=True, help="Show the speed after each answer.")
 @sampling_options
 @running_options
+@prompt_cache_option
 def chat(
-    model: str,
+    model: str | None,
     system: str | None,
+    name: str | None,
+    resume: bool,
     stats: bool,
     threads: int | None,
     context: int | None,
     memory: int | None,
     kv: str,
+    prompt_cache: bool,
     **sampling: Any,
 ) -> None:
-    """Talk with the model. Piped in, each line is a message and only the answers are printed."""
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    """Talk with the model, the demo by default, or the one that a session was made with.
+
+    Piped in, each line is a message and only the answers are printed.
+    """
+    if resume or name:
+        from ondevice import journal
+
+        name = journal.existing(name) if resume or name is None else name
+        model = model or journal.model_of(name)
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    with load(model or "demo", **settings, prompt_cache=prompt_cache) as loaded:
         from ondevice import terminal
 
-        session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            terminal.interactive(session, stats=stats)
+        if name is None:
+            session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))
         else:
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-            terminal.piped(session, sys.stdin, sys.stdout, stats=sys.stderr if stats else None)
+            given = {key: value for key, value in sampling.items() if value is not None}
+            session = journal.open_session(loaded, name, system, options=given, must_exist=resume)
+            note(f"session {name}: {session.turns} turns, {session.position} tokens")
+        with contextlib.closing(session):
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                terminal.interactive(session, stats=stats)
+            else:
+                if isinstance(sys.stdin, io.TextIOWrapper):
+                    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+                terminal.piped(session, sys.stdin, sys.stdout, stats=sys.stderr if stats else None)
 
 
 @main.command()

@@ -56,8 +56,14 @@ class Completion:
         tokens: Sequence[int],
         sampling: Sampling,
         max_tokens: int | None = None,
-        when_prefilled: Callable[[], None] | None = None,
+        when_reached: Callable[[], None] | None = None,
+        stops: Sequence[int] = (),
+        when_taken: Callable[[list[int]], None] | None = None,
+        when_ended: Callable[[], None] | None = None,
     ) -> None:
+        """when_reached is called when the prompt is taken in, all but its last token, and before
+        that at the positions in `stops`; when_taken with the tokens of each burst before anybody
+        sees them; when_ended when an answer has ended by itself or was cancelled."""
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1")
         prompt = model.checked(tokens)
@@ -78,7 +84,10 @@ class Completion:
         self._step[layout.SAMPLER] = self._sampler.ctypes.data
         self._step[layout.HISTORY] = self._history.ctypes.data
         self._cancelled = False
-        self._when_prefilled = when_prefilled
+        self._when_reached = when_reached
+        self._when_taken = when_taken
+        self._when_ended = when_ended
+        self._stops = sorted({*stops, len(prompt) - 1})
         self.prompt_tokens = len(prompt)
         self.prefilled_tokens = len(prompt) - state.position
         """Prompt tokens that the state did not hold already."""
@@ -166,8 +175,6 @@ class Completion:
         if not self._prefill():
             self.finish_reason = "cancel"
             return
-        if self._when_prefilled is not None:
-            self._when_prefilled()
         burst, first = 1, True
         while self.finish_reason is None:
             burst_started = time.perf_counter()
@@ -180,18 +187,25 @@ class Completion:
                 self.decode_seconds += now - burst_started
                 per_token = (now - burst_started) / max(1, len(tokens))
                 burst = min(16 * burst, LONGEST_BURST, max(1, int(BURST_SECONDS / per_token)))
+            if self._when_taken is not None:
+                self._when_taken(tokens)
             yield tokens
+        if self._when_ended is not None:
+            self._when_ended()
 
     def _prefill(self) -> bool:
         from ondevice.model import BATCH
 
-        while self._state.position < self.prompt_tokens - 1:
-            if self._cancelled:
-                return False
-            start = self._state.position
-            batch = self._history[start : min(start + BATCH, self.prompt_tokens - 1)]
-            if not self._model.prefill(self._state, self._step, batch):
-                return False
+        for stop in self._stops:
+            while self._state.position < stop:
+                if self._cancelled:
+                    return False
+                start = self._state.position
+                batch = self._history[start : min(start + BATCH, stop)]
+                if not self._model.prefill(self._state, self._step, batch):
+                    return False
+            if self._when_reached is not None and self._state.position == stop:
+                self._when_reached()
         return not self._cancelled
 
     def _decode(self, limit: int) -> list[int]:

@@ -8,6 +8,7 @@ sizes there are listed fastest first, and `Tensor.shape` turns them round. A mod
 into parts named `NAME-00001-of-00003.gguf`; opening the first opens them all.
 """
 
+import hashlib
 import itertools
 import mmap
 import os
@@ -27,6 +28,8 @@ from quant.errors import Error, ResourceError
 from quant.format import Array, Format
 
 DEFAULT_ALIGNMENT = 32
+SAMPLED = 64
+"""At most so many tensors, evenly spread, are looked into to tell files apart."""
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -90,6 +93,20 @@ class GGUFFile:
         """
         for identity in self._identities:
             identity.check()
+
+    def fingerprint(self) -> str:
+        """Tells this model from others wherever it lies: a hash of its headers and some weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for mapped, path in zip(self._maps, self.parts, strict=True):
+            starts = [t.offset for t in self.tensors.values() if t.path == path]
+            digest.update(mapped[: min(starts, default=len(mapped))])
+        names = sorted(self.tensors)
+        for name in names[:: -(-len(names) // SAMPLED)]:
+            data = self.tensors[name].data
+            middle = len(data) // 2
+            digest.update(data[middle : middle + 4096].tobytes())
+        digest.update(self.nbytes.to_bytes(8, "little"))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Let go of the file; arrays still held elsewhere keep their part mapped."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ from ondevice.layers.deltanet import deltanet, memory_bytes
 from ondevice.layers.moe import moe
 from ondevice.pace import Pace
 from ondevice.program import Operations, Program, zeros
+from ondevice.prompt_cache import PromptCache, reading
 from ondevice.sampling import Sampling
+from ondevice.snapshots import LEAST_MEMORY, Snapshots
 from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
@@ -90,6 +93,7 @@ class Model:
         memory: int | None = None,
         kv: str = "f16",
         progress: Report | None = None,
+        prompt_cache: bool = False,
     ) -> None:
         started = time.perf_counter()
         self.path = path
@@ -124,6 +128,7 @@ class Model:
             self._team = Team(threads)
             # how long a token waits for the disk says nothing about threads
             self._pace = Pace(threads, fixed=self._pool is not None)
+            self.snapshots = Snapshots(max(LEAST_MEMORY, self.plan.needs.delta_memory))
         except BaseException:
             if self._pool is not None:
                 self._pool.close()
@@ -133,6 +138,8 @@ class Model:
         self.ends[list(self.tokenizer.eos_ids)] = 1
         self.sampling_space = np.zeros(2 * self.config.vocabulary, np.float32)
         self._lock = threading.Lock()
+        self.prompt_cache = PromptCache(self) if prompt_cache else None
+        """Beginnings of prompts that were read before; None where none are kept."""
         self._asked = False  # whether there was a request already
         self._looked = 0.0  # when the system was last asked for free memory
         if self._pool is not None:
@@ -466,13 +473,35 @@ class Model:
         from ondevice.generate import Completion
 
         state = State(self.config, self.context, self.kv)
-        return Completion(self, state, tokens, sampling or self.sampling, max_tokens)
+        ids = self.checked(tokens).tolist()
+        self.check_room(len(ids))
+        stops, reached = reading(self.prompt_cache, ids, state)
+        return Completion(self, state, ids, sampling or self.sampling, max_tokens, reached, stops)
 
     def session(self, system: str | None = None, sampling: Sampling | None = None) -> "Session":
         """A conversation that keeps its state between turns."""
         from ondevice.session import Session
 
         return Session(self, system, sampling)
+
+    def restore(self, path: str | Path) -> "Session":
+        """The conversation that `Session.save` wrote to a file, ready to go on.
+
+        Error, with the reason in one line, if the file is damaged, is no such file, or was made
+        with another model, another `kv`, or more tokens than this model's context holds.
+        """
+        from ondevice.session_file import restore
+
+        return restore(self, Path(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others: states can only be exchanged where it is the same."""
+        with self._lock:
+            if self._closed:
+                raise Error(f"{self.path}: the model is closed")
+            self._file.check()
+            return self._file.fingerprint()
 
     @property
     def logits_address(self) -> int:
@@ -484,6 +513,7 @@ class Model:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self.snapshots.close()
                 self._team.close()
                 if self._pool is not None:
                     usage.save(self._usage_name, self._usage, self._pool.usage)

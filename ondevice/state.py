@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ondevice.config import Config
 from ondevice.kernels.attention import CACHES
-from ondevice.kernels.cache import TILE
+from ondevice.kernels.cache import TILE, head_width
 from ondevice.layers import deltanet
 from ondevice.program import zeros
 from quant.errors import ResourceError
@@ -43,6 +43,10 @@ class State:
                 "choose a smaller one"
             ) from None
         self.position = 0
+        count, tile = self.capacity // TILE, tile_bytes(config, kv)
+        rows = cache_bytes(config, self.capacity, kv) // (count * tile)
+        self.tiles = self.cache[: rows * count * tile].reshape(rows, count, tile)
+        """(layers and heads, tiles, bytes): keys and values by position, TILE of them each."""
 
     def snapshot(self) -> Snapshot:
         """A copy of the memory, to come back to."""
@@ -52,6 +56,17 @@ class State:
         """Be again as when the snapshot was taken."""
         self.memory[:] = snapshot.memory
         self.position = snapshot.position
+
+    def settle(self) -> None:
+        """Make the memory that of `position`, which it is already."""
+
+    def arrive(self, position: int) -> None:
+        """The memory was filled from elsewhere with what it is at a position."""
+        self.position = position
+
+    def tiles_to(self, position: int) -> int:
+        """How many tiles hold the keys and values of so many positions."""
+        return -(-position // TILE)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -68,3 +83,8 @@ def cache_bytes(config: Config, context: int, kv: str = "f16") -> int:
     """Bytes of all attention layers' keys and values."""
     layers = config.layers - sum(config.recurrent)
     return layers * CACHES[kv].bytes(config.kv_heads, config.head_dim, context)
+
+
+def tile_bytes(config: Config, kv: str = "f16") -> int:
+    """Bytes of a tile of one layer and head."""
+    return CACHES[kv].tile_bytes(None, head_width(config.head_dim))

@@ -30,6 +30,9 @@ HELP = {
     "/exit": "leave, as Ctrl-D does",
     "/clear": "forget the conversation, keep the system prompt",
     "/regen": "answer the last message again",
+    "/undo": "take back the last message and its answer",
+    "/trim N": "drop the N oldest turns; without N until half the context is free",
+    "/save FILE": "write the conversation and the model's state to a file",
     "/stats": "show tokens and speed of the last answer",
     "/system TEXT": "set the system prompt; without TEXT show it",
     "/set NAME VALUE": "set a sampling option; without NAME show them all",
@@ -92,6 +95,9 @@ class Chat:
             "/exit": lambda _: True,
             "/clear": self.clear,
             "/regen": lambda _: self.answer(self.session.regenerate),
+            "/undo": self.undo,
+            "/trim": self.trim,
+            "/save": self.save,
             "/stats": self.show_stats,
             "/system": self.system,
             "/set": self.set,
@@ -127,7 +133,10 @@ class Chat:
         if stopped.is_set():
             self.write("(stopped)\n")
         elif completion.finish_reason == "length":
-            self.write("(the context is full: /clear starts again)\n")
+            self.write(
+                f"(the context of {self.session.model.context} tokens is full: /trim drops the "
+                "oldest turns, /clear starts again)\n"
+            )
         if self.stats:
             self.write(timing_line(completion) + "\n")
 
@@ -139,6 +148,25 @@ class Chat:
     def clear(self, _: str) -> None:
         self.session.clear()
         self.write("The conversation is forgotten.\n")
+
+    def undo(self, _: str) -> None:
+        self.write(f"Taken back: {printable(_shortened(self.session.undo()))}\n")
+
+    def trim(self, rest: str) -> None:
+        if rest and not rest.isdecimal():
+            raise UsageError(f"/trim needs a whole number, not {rest!r}")
+        dropped, tokens = self.session.trim(int(rest) if rest else None)
+        self.write(
+            f"Forgotten: {'the oldest turn' if dropped == 1 else f'the {dropped} oldest turns'}. "
+            f"The rest has {tokens} of {self.session.model.context} tokens and is read again with "
+            "the next message.\n"
+        )
+
+    def save(self, path: str) -> None:
+        if not path:
+            raise UsageError("/save needs the name of a file")
+        self.session.save(path)
+        self.write(f"Written to {path}\n")
 
     def show_stats(self, _: str) -> None:
         last = self.session.last
@@ -165,6 +193,11 @@ class Chat:
             self.session.sampling = sampling = dataclasses.replace(sampling, **changes)
         for name, value in dataclasses.asdict(sampling).items():
             self.write(f"{name:16}  {'random' if value is None else value}\n")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def _number(name: str, text: str, kind: str) -> int | float | None:

@@ -41,8 +41,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """run("generate", "demo", input="Hi"): the command in an empty folder, with stdout, stderr."""
+    """run("generate", "demo", input="Hi"): the command in an empty folder, with stdout, stderr.
+
+    Sessions and the prompt cache are this test's own; machine code is everybody's.
+    """
     monkeypatch.chdir(tmp_path)
+    for module in ("journal", "prompt_cache"):
+        monkeypatch.setattr(f"ondevice.{module}.cache_root", lambda: tmp_path / "cache")
 
     def invoke(*arguments: str, input: str | bytes | None = None) -> Result:
         return CliRunner().invoke(cli.main, arguments, input=input, prog_name="ondevice")

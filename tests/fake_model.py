@@ -60,7 +60,8 @@ class FakeSession:
         self.model, self.system, self.sampling = model, system, sampling
         self.messages: list[dict[str, str]] = []
         self.last: FakeCompletion | None = None
-        self.cancelled = False
+        self.cancelled = self.closed = False
+        self.saved = ""
 
     def send(self, text: str) -> FakeCompletion:
         self.messages.append({"role": "user", "content": text})
@@ -79,6 +80,19 @@ class FakeSession:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def undo(self) -> str:
+        return self.messages.pop()["content"]
+
+    def trim(self, turns: int | None = None) -> tuple[int, int]:
+        del self.messages[: turns or 1]
+        return turns or 1, 50
+
+    def save(self, path: str) -> None:
+        self.saved = path
 
 
 class FakeModel:

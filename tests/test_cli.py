@@ -88,7 +88,8 @@ def test_sampling_options_replace_the_defaults_of_the_file(model: FakeModel, run
 def test_options_of_the_machine_reach_load(model: FakeModel, run: Run) -> None:
     model.enqueue("x")
     run("generate", "m", "-p", "Hi", "-t", "3", "-c", "77", "--memory", "1.5G")
-    assert model.loaded == ("m", {"threads": 3, "context": 77, "memory": 3 << 29, "kv": "f16"})
+    settings = {"threads": 3, "context": 77, "memory": 3 << 29, "kv": "f16", "prompt_cache": True}
+    assert model.loaded == ("m", settings)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,47 @@ def test_a_piped_chat_keeps_its_state(run: Run) -> None:
     assert lines.stdout == "".join(f"{answer}\n" for answer in answers)
 
 
+def test_a_chat_goes_on_another_day(run: Run, gguf: Path) -> None:
+    options = ["--temp", "0", "--stats"]
+    whole = run("chat", "demo", *options, input="Hello\nWho are you?\nWhy?\n")
+    first = run("chat", str(gguf), *options, "--session", "one", input="Hello\nWho are you?\n")
+    assert first.exit_code == 0
+    other = run("chat", "demo", *options, "--session", "two", input="Hi\n")
+    assert other.exit_code == 0
+    second = run("chat", *options, "--session", "one", "--continue", input="Why?\n")
+    assert first.stdout + second.stdout == whole.stdout
+    speed = [line.split(" at ")[0] for line in (second.stderr + whole.stderr).splitlines()]
+    assert speed[0] == speed[3]  # as many tokens read as without the break
+    third = run("chat", "--continue", "--temp", "0", input="And you?\n")
+    whole = run("chat", "demo", *options, input="Hello\nWho are you?\nWhy?\nAnd you?\n")
+    assert whole.stdout == first.stdout + second.stdout + third.stdout
+
+
+def test_sessions_that_cannot_be_continued(run: Run) -> None:
+    nothing = run("chat", "--continue", input="Hi\n")
+    assert (nothing.exit_code, nothing.stdout) == (2, "")
+    assert nothing.stderr == "error: there is no session to continue; --session NAME begins one\n"
+    assert run("chat", "--session", "one", "-c", "300", input="Hello\n").exit_code == 0
+    for options, message in (
+        (("--session", "two"), "error: there is no session 'two'; there are: one\n"),
+        (("--session", "a/b"), "error: the session's name is 'a/b'; it must not "),
+        (("-c", "9"), "tokens and the context only 9; open the model with a larger one\n"),
+        (("--kv-type", "q8_0"), "made with kv type f16; the model is open with q8_0\n"),
+    ):
+        refused = run("chat", "--continue", *options, input="Hi\n")
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert message in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_document_is_read_once(run: Run) -> None:
+    options = ["-p", TEXT * 3, "-n", "4", "--temp", "0", "--json"]
+    first, second = (as_json(run("generate", "demo", *options)) for _ in range(2))
+    assert first["tokens"] == second["tokens"]
+    assert list(Path("cache/prompts").glob("*.memory"))
+    assert as_json(run("generate", "demo", *options, "--no-prompt-cache"))["text"] == first["text"]
+
+
 def test_perplexity_against_itself(run: Run, gguf: Path) -> None:
     Path("text.txt").write_text(TEXT)
     options = ["--ctx-size", "64", "--reference", str(gguf), "--json"]
@@ -141,14 +182,20 @@ def test_files_that_are_no_model(run: Run, content: bytes, message: str) -> None
         assert message in result.stderr
 
 
-def test_the_readme_example_runs() -> None:
+def test_the_readme_example_runs(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert (tmp_path / "case.session").exists()
 
 
 @pytest.mark.slow

@@ -85,6 +85,31 @@ def test_regen_and_clear() -> None:
     assert screen.session.messages == []
 
 
+def test_undo_trim_and_save() -> None:
+    screen = Screen()
+    for _ in range(3):
+        screen.model.enqueue("ok")
+    for text in ("one", "two", "three\n" * 40):
+        screen.turn(text)
+    assert screen.turn("/undo") == "Taken back: " + "three " * 9 + "three…\n"
+    assert screen.turn("/trim 1").startswith("Forgotten: the oldest turn. The rest has 50 of 100")
+    assert [message["content"] for message in screen.session.messages] == ["two"]
+    assert screen.turn("/trim all") == "error: /trim needs a whole number, not 'all'\n"
+    assert screen.turn("/save") == "error: /save needs the name of a file\n"
+    assert screen.turn("/save my chat") == "Written to my chat\n"
+    assert screen.session.saved == "my chat"
+
+
+def test_a_full_context_is_told_with_its_size() -> None:
+    screen = Screen()
+    completion = FakeCompletion(90, ["cut"], finish_reason="length")
+    screen.session.send = lambda text: completion  # type: ignore[method-assign]
+    assert screen.turn("Hi") == (
+        "cut\n(the context of 100 tokens is full: /trim drops the oldest turns, "
+        "/clear starts again)\n"
+    )
+
+
 def test_stats() -> None:
     screen = Screen()
     assert screen.turn("/stats") == "error: there is no answer yet\n"

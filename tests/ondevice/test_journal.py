@@ -1,0 +1,372 @@
+"""Sessions with names: what a killed process leaves is whole, and goes on where it was."""
+
+import random
+import subprocess
+import sys
+import time
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ondevice
+from ondevice import generate, journal
+from ondevice.generate import Completion
+from ondevice.journal import model_of, names, open_session
+from ondevice.model import Model
+from ondevice.sampling import Sampling
+from ondevice.session import Session
+from ondevice.state import State
+from quant.errors import Error, ResourceError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
+
+
+def take(completion: Completion, count: int = 10) -> None:
+    list(islice(completion.ids(), count))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test; machine code stays where it is."""
+    monkeypatch.setattr(journal, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(generate, "LONGEST_BURST", 8)
+    return tmp_path / "cache"
+
+
+def assert_as_before(session: Session, before: Session) -> None:
+    assert session.messages == before.messages
+    assert session._tokens == before._tokens
+    assert session.system == before.system
+    assert session.sampling == before.sampling
+
+
+def assert_fresh(session: Session) -> None:
+    """The state is that of a fresh run over the first of the session's tokens."""
+    session._settle()
+    model = session.model
+    state = State(model.config, model.context)
+    tokens = session._tokens[: session.position]
+    if tokens:
+        list(Completion(model, state, tokens, GREEDY, 1).ids())
+    assert np.array_equal(session._state.memory, state.memory)
+
+
+def test_a_session_goes_on_where_it_was(endless: Model) -> None:
+    first = open_session(endless, "one", "Be brief.", GREEDY)
+    for text in ("Hello", "Who are you?", "é\n\0🌍"):
+        take(first.send(text))
+    first.close()
+    position = first.position
+    assert names() == ["one"]
+    second = open_session(endless, "one", must_exist=True)
+    assert_as_before(second, first)
+    assert second.position == position
+    assert_fresh(second)
+    answer = second.send("And?")
+    assert answer.prefilled_tokens < 60
+    take(answer)
+    third = first.send("And?")
+    take(third)
+    assert third.tokens[:10] == answer.tokens[:10]
+    edited = second.edit(3, "But?")
+    assert edited.prefilled_tokens < 60
+    take(edited)
+    assert_fresh(second)
+    second.close()
+
+
+def test_whatever_is_done_is_what_comes_back(endless: Model) -> None:
+    chance = random.Random(5)
+    session = open_session(endless, "one", None, GREEDY)
+    for _ in range(40):
+        kind = chance.choice(["send", "edit", "regenerate", "undo", "trim", "system", "clear"])
+        if not session.turns or kind == "send" or (kind == "trim" and session.turns < 2):
+            take(session.send("x" * chance.randrange(300)), chance.randrange(20))
+        elif kind == "edit":
+            take(session.edit(chance.randrange(session.turns), "edited"), 4)
+        elif kind == "regenerate":
+            take(session.regenerate(chance.randrange(session.turns)), 4)
+        elif kind == "system":
+            session.system = chance.choice([None, "Be kind."])
+        elif kind == "clear" and chance.random() < 0.8:
+            continue
+        else:
+            getattr(session, kind)()
+        if chance.random() < 0.4:
+            session.close()
+            again = open_session(endless, "one")
+            assert_as_before(again, session)
+            assert_fresh(again)
+            session = again
+    session.close()
+
+
+def test_most_recent_first(endless: Model) -> None:
+    assert names() == []
+    for name in ("b", "a", "c", "b"):
+        session = open_session(endless, name)
+        take(session.send("Hello"))
+        session.close()
+        time.sleep(0.01)
+    assert names() == ["b", "c", "a"]
+    assert model_of("a") == str(endless.path)
+    with pytest.raises(UsageError, match="there is no session 'd'; there are: b, c, a"):
+        open_session(endless, "d", must_exist=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "a/b", "a\\b", ".hidden", "x\n", "con:", "n" * 65, " a"]
+)
+def test_names_that_are_refused(name: str, endless: Model) -> None:
+    with pytest.raises(UsageError, match="session's name") as caught:
+        open_session(endless, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_and_system_replace_what_was(endless: Model) -> None:
+    session = open_session(endless, "one", "Be brief.", GREEDY)
+    session.close()
+    session = open_session(endless, "one", "Be kind.", options={"top_k": 3})
+    session.close()
+    session = open_session(endless, "one")
+    assert session.system == "Be kind."
+    assert (session.sampling.top_k, session.sampling.temperature) == (3, 0.0)
+    session.close()
+
+
+# ---- damage ----
+
+
+def test_a_journal_cut_anywhere(endless: Model, own_cache: Path) -> None:
+    session = open_session(endless, "one", None, GREEDY)
+    for text in ("Hello", "Who are you?"):
+        take(session.send(text), 12)
+    session.close()
+    path = own_cache / "sessions" / "one" / "journal"
+    whole, tokens = path.read_bytes(), session._tokens
+    length = int.from_bytes(whole[20:28], "little") + 28
+    shortest = int.from_bytes(whole[length + 8 : length + 16], "little") + length + 16
+    seen = set()
+    for cut in [*range(shortest, len(whole), 7), len(whole)]:
+        path.write_bytes(whole[:cut])
+        again = open_session(endless, "one")
+        assert again._tokens == tokens[: len(again._tokens)]
+        assert_fresh(again)
+        seen.add(len(again._tokens))
+        again.close()
+    assert len(seen) > 4
+    for cut in range(0, shortest, 9):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(
+            Error, match=r"journal: .*(cut short|no journal file|damaged)"
+        ) as caught:
+            open_session(endless, "one")
+        assert "\n" not in str(caught.value)
+
+
+def test_states_that_were_damaged_are_read_again(endless: Model, own_cache: Path) -> None:
+    session = open_session(endless, "one", None, GREEDY)
+    take(session.send("Hello " * 100), 12)
+    take(session.send("Why?"), 12)
+    session.close()
+    folder = own_cache / "sessions" / "one" / "state"
+    files = sorted(folder.iterdir())
+    assert {path.suffix for path in files} == {".keys", ".memory"}
+    whole = {path: path.read_bytes() for path in files}
+    for path in files:
+        for place in (0, len(whole[path]) // 2, len(whole[path]) - 1):
+            for other, raw in whole.items():
+                other.write_bytes(raw)
+            raw = bytearray(whole[path])
+            raw[place] ^= 1
+            path.write_bytes(raw)
+            again = open_session(endless, "one")
+            assert_as_before(again, session)
+            assert_fresh(again)
+            take(again.send("And?"), 3)
+            assert_fresh(again)
+            again.undo()
+            again.close()
+
+
+def test_another_model_or_context(endless: Model, demo: Model) -> None:
+    session = open_session(endless, "one", None, GREEDY)
+    take(session.send("Hello"), 30)
+    session.close()
+    with pytest.raises(Error, match="journal: made with another model"):
+        open_session(demo, "one")
+    with (
+        ondevice.load(endless.path, threads=1, kv="q8_0") as model,
+        pytest.raises(UsageError, match="made with kv type f16; the model is open with q8_0"),
+    ):
+        open_session(model, "one")
+    with (
+        ondevice.load(endless.path, threads=1, context=20) as model,
+        pytest.raises(UsageError, match=r"the session has \d+ tokens and the context only 20"),
+    ):
+        open_session(model, "one")
+    open_session(endless, "one").close()  # none of them kept the lock
+
+
+# ---- where nothing can be written ----
+
+
+def test_a_folder_that_cannot_be_made(endless: Model, own_cache: Path) -> None:
+    own_cache.mkdir()
+    (own_cache / "sessions").touch()
+    with pytest.warns(UserWarning, match="session 'one' is not recorded: "):
+        session = open_session(endless, "one")
+    take(session.send("Hello"))
+    session.close()
+
+
+@pytest.mark.parametrize("what", ["append", "state", "rewrite"])
+def test_a_disk_that_fills_up(what: str, endless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(endless, "one", None, GREEDY)
+    take(session.send("Hello"))
+    session.messages  # noqa: B018
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if what == "append":
+        monkeypatch.setattr(journal.Journal, "_append", full)
+    elif what == "state":
+        monkeypatch.setattr(journal.StateFolder, "save", full)
+    else:
+        monkeypatch.setattr(journal.Journal, "_rewrite", full)
+    with pytest.warns(UserWarning, match="is not recorded|is not kept"):
+        take(session.send("Who are you?"))
+        session.undo()
+        take(session.send("Who?"))
+        session.messages  # noqa: B018
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(session.send("And?"))
+        assert session.turns == 3
+        session.close()
+    monkeypatch.undo()
+    assert_fresh(session)
+
+
+# ---- growth ----
+
+
+def test_a_session_takes_no_more_than_it_needs(
+    endless: Model, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SLACK", 1000)
+    monkeypatch.setattr(journal, "MEMORIES", 30000)
+    session = open_session(endless, "one", None, GREEDY)
+    folder = own_cache / "sessions" / "one"
+    for number in range(60):
+        take(session.send(f"message {number}"), 16)
+        session.messages  # noqa: B018
+        needed = 4 * len(session._tokens) + sum(100 + len(t.text) * 2 for t in session._turns) * 2
+        assert (folder / "journal").stat().st_size < 2.5 * needed + 4000
+        assert len(list((folder / "state").glob("*.memory"))) <= 2 + 30000 // 20000 + 1
+        assert len(list((folder / "state").glob("*.keys"))) <= len(session._tokens) // 256
+        if number % 3 == 2:
+            session.undo()
+    session.close()
+
+
+# ---- other processes ----
+
+CHILD = """
+import random, sys
+import ondevice
+from ondevice import generate, journal
+from pathlib import Path
+
+folder, path, seed = sys.argv[1:]
+journal.cache_root = lambda: Path(folder)
+generate.LONGEST_BURST = 4
+model = ondevice.load(path, threads=1)
+model.ends[:] = 0
+session = journal.open_session(model, "one")
+chance = random.Random(int(seed))
+print("open", flush=True)
+while True:
+    text = "".join(chance.choices("abc xyz", k=chance.choice([3, 300])))
+    kind = chance.choice(["send", "send", "regenerate", "undo", "trim"])
+    if session.turns > 1 and session.position > 6000:
+        kind = "trim"
+    elif not session.turns or (kind == "trim" and session.turns < 2):
+        kind = "send"
+    print(kind, flush=True)
+    if kind in ("trim", "undo"):
+        getattr(session, kind)()
+        continue
+    answer = session.regenerate() if kind == "regenerate" else session.send(text)
+    for number, token in zip(range(chance.randrange(40)), answer.ids()):
+        shown = session._tokens[: answer.prompt_tokens] + answer.tokens[: number + 1]
+        print(*shown, flush=True)
+"""
+
+
+def start(folder: Path, model: Path, seed: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(model), str(seed)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        encoding="ascii",
+    )
+
+
+def kill_and_open(model: Model, folder: Path, moments: int) -> None:
+    chance = random.Random(moments)
+    replayed = []
+    for seed in range(moments):
+        child = start(folder, model.path, seed)
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        assert line == "open\n"
+        time.sleep(chance.random() * 0.5)
+        child.kill()
+        lines = child.stdout.read().split("\n")[:-1]  # what has no end was not shown
+        child.stdout.close()
+        child.wait()
+        session = open_session(model, "one", must_exist=True)
+        before = next((n for n in reversed(range(len(lines))) if lines[n][0].isdigit()), None)
+        if before is not None and not {"undo", "trim", "regenerate"} & {*lines[before + 1 :]}:
+            shown = [int(token) for token in lines[before].split()]
+            assert session._tokens[: len(shown)] == shown
+        assert_fresh(session)
+        replayed.append(len(session._tokens) - session.position)
+        session.close()
+    assert min(replayed) < 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_at_any_moment(endless: Model, tmp_path: Path, own_cache: Path) -> None:
+    kill_and_open(endless, own_cache, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_at_a_hundred_moments(endless: Model, own_cache: Path) -> None:
+    kill_and_open(endless, own_cache, 100)
+
+
+def test_one_process_at_a_time(endless: Model, own_cache: Path) -> None:
+    child = start(own_cache, endless.path, 1)
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == "open\n"
+        with pytest.raises(ResourceError, match="session 'one' is open in another process"):
+            open_session(endless, "one")
+        open_session(endless, "two").close()
+    finally:
+        child.kill()
+        child.stdout.close()
+        child.wait()
+    session = open_session(endless, "one")
+    with pytest.raises(ResourceError, match="session 'one' is open"):
+        open_session(endless, "one")
+    session.close()
+    open_session(endless, "one").close()
