@@ -32,6 +32,7 @@ def load(
     memory: int | None = None,
     kv: str = "f16",
     progress: Callable[[int, int], None] | None = None,
+    mtp: str = "auto",
 ) -> "Model":
     """Open a GGUF file, or the bundled model by the name "demo".
 
@@ -40,6 +41,8 @@ def load(
     memory: bytes that the model may take; less than it needs is refused.
     kv: how keys and values are kept, "f16" or "q8_0", which takes half the memory.
     progress: called with (done, needed) while kernels are compiled, once on every machine.
+    mtp: whether to guess tokens ahead, which changes no token: "auto" where it is faster, "on"
+        always, with the file's multi-token-prediction block, "off" never.
     Raises Error, with one line that names what is wrong with the file or the options.
     """
     from ondevice.model import Model
@@ -48,7 +51,7 @@ def load(
         from ondevice.demo import gguf_path
 
         path = gguf_path(progress)
-    return Model(Path(path), threads, context, memory, kv, progress)
+    return Model(Path(path), threads, context, memory, kv, progress, mtp)
 
 
 def __getattr__(name: str) -> Any:

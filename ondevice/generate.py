@@ -15,6 +15,7 @@ import numpy as np
 
 from ondevice.kernels import layout
 from ondevice.sampling import Sampling
+from ondevice.speculate import Acceptance
 from ondevice.state import State
 from ondevice.tokenizer import TextStream
 from quant.errors import UsageError
@@ -75,6 +76,10 @@ class Completion:
         self._step = model.step(state)
         self._step[layout.SAMPLER] = self._sampler.ctypes.data
         self._step[layout.HISTORY] = self._history.ctypes.data
+        if model.ahead is not None:
+            model.ahead.prepare(model, state)
+        self.acceptance = Acceptance()
+        """How guessing tokens ahead went."""
         self._cancelled = False
         self._when_prefilled = when_prefilled
         self.prompt_tokens = len(prompt)
@@ -110,6 +115,7 @@ class Completion:
         if self._pieces is not None:
             self._pieces.close()
         self._runs.close()
+        self._state.settle()
         if self.finish_reason is None:
             self.finish_reason = "cancel"
 
@@ -184,7 +190,7 @@ class Completion:
         step[layout.HISTORY_LENGTH] = begin
         step[layout.STEPS_LEFT] = limit
         try:
-            self._model.decode(self._state, step)
+            self._take_steps()
         finally:
             tokens: list[int] = self._history[begin : int(step[layout.HISTORY_LENGTH])].tolist()
             if tokens and self._model.ends[tokens[-1]]:
@@ -196,4 +202,25 @@ class Completion:
                 self.finish_reason = "length"
             elif self._cancelled:
                 self.finish_reason = "cancel"
+        if self.finish_reason is not None:
+            self._state.settle()
         return tokens
+
+    def _take_steps(self) -> None:
+        """One burst of the decode loop, plain or with tokens guessed ahead."""
+        model, state, step = self._model, self._state, self._step
+        ahead = model.ahead
+        left = int(step[layout.STEPS_LEFT])
+        if ahead is None or left < 2 or not ahead.ready(state):
+            model.decode(state, step)
+            return
+        depth = ahead.depth.choose()
+        before, started = ahead.figures(), time.perf_counter()
+        if depth:
+            model.decode_ahead(state, step, depth)
+        else:
+            model.decode(state, step)
+        seconds = time.perf_counter() - started
+        figures = ahead.figures() - before
+        self.acceptance.add(figures)
+        ahead.depth.note(depth, left - int(step[layout.STEPS_LEFT]), seconds, figures)
