@@ -69,6 +69,13 @@ kv_option = click.option(
     show_default=True,
     help="How keys and values are kept; q8_0 takes half the memory.",
 )
+mtp_option = click.option(
+    "--mtp",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Guess tokens ahead where that is faster, always, or never; the answer is the same.",
+)
 running_options = options(threads_option, context_option, memory_option, kv_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
@@ -248,13 +255,7 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
     help="Stop after this many tokens [default: when the answer or the context ends].",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
-@click.option(
-    "--mtp",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="Guess tokens ahead with the model's own head.",
-)
+@mtp_option
 @sampling_options
 @running_options
 @as_json
@@ -273,10 +274,8 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Answer one prompt: from -p, from a file, or piped in."""
-    if mtp == "on":
-        raise UsageError("--mtp on: this version does not guess tokens ahead yet; use auto or off")
     text = one_prompt(prompt, file)
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    with load(model, threads=threads, context=context, memory=memory, kv=kv, mtp=mtp) as loaded:
         if raw:
             ids = loaded.tokenize(text)
             if loaded.tokenizer.add_bos and loaded.tokenizer.bos is not None:
@@ -322,12 +321,14 @@ def one_prompt(prompt: str | None, file: str | None) -> str:
 @click.argument("model", default="demo")
 @click.option("-s", "--system", help="Tell the model how to behave, before the first message.")
 @click.option("--stats", is_flag=True, help="Show the speed after each answer.")
+@mtp_option
 @sampling_options
 @running_options
 def chat(
     model: str,
     system: str | None,
     stats: bool,
+    mtp: str,
     threads: int | None,
     context: int | None,
     memory: int | None,
@@ -335,7 +336,7 @@ def chat(
     **sampling: Any,
 ) -> None:
     """Talk with the model. Piped in, each line is a message and only the answers are printed."""
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    with load(model, threads=threads, context=context, memory=memory, kv=kv, mtp=mtp) as loaded:
         from ondevice import terminal
 
         session = loaded.session(system=system, sampling=chosen(loaded.sampling, sampling))

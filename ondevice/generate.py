@@ -125,8 +125,11 @@ class Completion:
             yield from burst
 
     @property
-    def timings(self) -> dict[str, float]:
-        """Seconds, and tokens per second, of the prompt and of the answer."""
+    def timings(self) -> dict[str, float | list[float]]:
+        """Seconds, and tokens per second, of the prompt and of the answer; how guessing went.
+
+        `acceptance` is the share of right drafts by place, of those whose forerunners were right.
+        """
         decoded = len(self.tokens) + (self.ended_with is not None)
         return {
             "load_seconds": self._model.load_seconds,
@@ -134,6 +137,9 @@ class Completion:
             "prompt_tokens_per_second": _rate(self.prefilled_tokens, self.prompt_seconds),
             "decode_seconds": self.decode_seconds,
             "decode_tokens_per_second": _rate(decoded - 1, self.decode_seconds),
+            "drafted": self.acceptance.drafted,
+            "accepted": sum(self.acceptance.right),
+            "acceptance": self.acceptance.rates,
         }
 
     def _stream(self) -> Generator[str]:
@@ -210,11 +216,18 @@ class Completion:
         """One burst of the decode loop, plain or with tokens guessed ahead."""
         model, state, step = self._model, self._state, self._step
         ahead = model.ahead
-        left = int(step[layout.STEPS_LEFT])
+        left, begin = int(step[layout.STEPS_LEFT]), int(step[layout.HISTORY_LENGTH])
         if ahead is None or left < 2 or not ahead.ready(state):
             model.decode(state, step)
             return
         depth = ahead.depth.choose()
+        if depth:
+            started = time.perf_counter()
+            model.catch_up(state, step)
+            ahead.depth.charge(time.perf_counter() - started)
+        left = max(2, min(left, ahead.depth.most_tokens()))
+        step[layout.STEPS_LEFT] = left
+        disturbed = not depth and model.trying_threads
         before, started = ahead.figures(), time.perf_counter()
         if depth:
             model.decode_ahead(state, step, depth)
@@ -223,4 +236,6 @@ class Completion:
         seconds = time.perf_counter() - started
         figures = ahead.figures() - before
         self.acceptance.add(figures)
-        ahead.depth.note(depth, left - int(step[layout.STEPS_LEFT]), seconds, figures)
+        if not disturbed:
+            made = int(step[layout.HISTORY_LENGTH]) - begin
+            ahead.depth.note(depth, made, seconds, figures)

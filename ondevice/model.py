@@ -29,6 +29,7 @@ from ondevice.kernels import ahead, expand, layout, sample
 from ondevice.kernels.ahead import MOST_DRAFTS
 from ondevice.kernels.attention import CACHES
 from ondevice.kernels.formats import READERS
+from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.store import read
 from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
 from ondevice.layers.attention import attention, positions
@@ -100,8 +101,7 @@ class Model:
                 weights = Weights(self._file, self.config, self._pool.read_tensor)
                 self._build(weights, threads)
                 functions.append(read)
-            kernels = self._decode + self.ahead.kernels if self.ahead else self._decode
-            compilation = Compilation([*functions, *kernels.kernels], progress)
+            compilation = Compilation([*functions, *self._kernels()], progress)
             self.compile_seconds = time.perf_counter() - building
             with compilation:
                 self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
@@ -170,6 +170,11 @@ class Model:
         most = max(program.scratch_bytes for program in self._programs)
         self.scratch_bytes = -(-most // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
+
+    def _kernels(self) -> list[CompiledFunction]:
+        """All kernels that may run."""
+        programs = self._decode if self.ahead is None else self._decode + self.ahead.kernels
+        return programs.kernels
 
     def _plan(self, weights: Weights, memory: int | None) -> Plan:
         config = self.config
@@ -298,19 +303,21 @@ class Model:
         prediction.note(start, state.position)
         self._follow_trunk(team, state, step)
 
-    def _follow_trunk(self, team: Team, state: State, step: Array) -> None:
-        """The block's keys and values of what it lacks, where the next tokens are known."""
+    def _follow_trunk(self, team: Team, state: State, step: Array, less: int = 0) -> None:
+        """The block's keys and values of what it lacks, but for so many, where the next tokens are
+        known."""
         prediction = state.prediction
         if self.ahead is None or self.ahead.head is None or prediction is None:
             return
         if not step[layout.HISTORY] or not prediction.ready(state.position):
             return
-        self._begin(state, step, state.position - prediction.end)
+        until = state.position - less
+        self._begin(state, step, until - prediction.end)
         step[layout.POSITION] = prediction.end - prediction.start
         step[[layout.CACHE, layout.STEADY]] = prediction.cache.ctypes.data, 1
         try:
             self._run(team, self.ahead.head.follow, step)
-            prediction.end = state.position
+            prediction.end = until
         finally:
             step[[layout.CACHE, layout.STEADY]] = state.cache.ctypes.data, 0
 
@@ -381,6 +388,19 @@ class Model:
                     state.prediction.end = int(self.ahead.record[ahead.END])
                     state.prediction.cut(state.position)
         self._check_finite(state, step)
+
+    @property
+    def trying_threads(self) -> bool:
+        """Whether the next burst of plain decoding tries another number of threads."""
+        return self._pace.trying
+
+    def catch_up(self, state: State, step: Array) -> None:
+        """Let the multi-token-prediction block see what plain decoding has made since."""
+        prediction = state.prediction
+        if prediction is None or state.position - prediction.end <= 1 + MOST_DRAFTS:
+            return
+        with self._alone() as team:
+            self._follow_trunk(team, state, step, 1)
 
     def settle(self, state: State) -> None:
         """Make a state's pending tokens a part of its memory."""

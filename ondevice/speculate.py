@@ -3,7 +3,7 @@
 A *cycle* takes the certain token and up to four drafts in one batch, and keeps those that plain
 decoding would have chosen (kernels/ahead.py). Drafts come from the file's multi-token-prediction
 block (layers/mtp.py), or from the context where there is none. The tokens are the same either way;
-only time is at stake, and that is `Depth`'s business.
+only time is at stake, and that is depth.py's business.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ondevice.config import Config
+from ondevice.depth import Depth
 from ondevice.experts import Pool
 from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.ahead import MOST_DRAFTS, MOST_LACKING, RING_ROWS
@@ -84,22 +85,6 @@ def state_bytes(config: Config, context: int, kv: str) -> int:
     """Bytes that guessing ahead adds to a state."""
     head = head_cache_bytes(config, context, kv) + ring_bytes(config) if config.mtp_layers else 0
     return journal_bytes(config) + head
-
-
-class Depth:
-    """How many tokens to guess."""
-
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
-        self.fixed: int | None = 1 if mode == "on" else None
-        """For tests: guess so many."""
-
-    def choose(self) -> int:
-        """Tokens to guess in the next burst."""
-        return self.fixed or 0
-
-    def note(self, depth: int, tokens: int, seconds: float, figures: Array) -> None:
-        """What a burst came to: tokens made, seconds, and changes of `Ahead.figures`."""
 
 
 class Ahead:
@@ -199,8 +184,8 @@ class Ahead:
         record[[ahead.DEPTH, ahead.MADE]] = depth, 0
 
     def figures(self) -> Array:
-        """Cycles so far; drafts compared, by place; those that were right."""
-        return self.record[ahead.CYCLES : ahead.RIGHT + MOST_DRAFTS].copy()
+        """Cycles so far; drafts compared, by place; those that were right; drafts in all."""
+        return self.record[ahead.CYCLES : ahead.TOTAL + 1].copy()
 
 
 def remember(program: Program, record: Array, h: Buffer, columns: int) -> None:
@@ -230,6 +215,7 @@ class Acceptance:
     """How guessing went."""
 
     cycles: int = 0
+    drafted: int = 0
     compared: tuple[int, ...] = (0,) * MOST_DRAFTS
     """Drafts that were compared with the token chosen, by place."""
     right: tuple[int, ...] = (0,) * MOST_DRAFTS
@@ -239,6 +225,7 @@ class Acceptance:
         """Count in what changed in `Ahead.figures`."""
         places = range(MOST_DRAFTS)
         self.cycles += int(figures[0])
+        self.drafted += int(figures[-1])
         self.compared = tuple(self.compared[i] + int(figures[1 + i]) for i in places)
         self.right = tuple(self.right[i] + int(figures[1 + MOST_DRAFTS + i]) for i in places)
 

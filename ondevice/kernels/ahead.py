@@ -17,7 +17,7 @@ The record (int64 words): depth wanted; drafts of this cycle; drafts made so far
 jumps; the trunk's position and cache while the block runs; the block's cache, start and end; the
 ring; the tokens to check, int32, the certain one first; for tests, the true tokens by position,
 how many, and the chance (f64) that a draft is true; cycles; per place, how often a draft was
-compared with the token chosen, and how often it was that token.
+compared with the token chosen, and how often it was that token; drafts in all.
 """
 
 import numpy as np
@@ -66,7 +66,8 @@ MOST_DRAFTS = MOST_TENTATIVE
 DEPTH, DRAFTED, MADE, MORE, NOTHING_NEW, AT, TRUNK_CACHE, HEAD_CACHE, START, END = range(10)
 RING, CHECKED, TRUTH, TRUTH_LENGTH, CHANCE, CYCLES = range(10, 16)
 COMPARED, RIGHT = 16, 16 + MOST_DRAFTS
-RECORD_WORDS = RIGHT + MOST_DRAFTS
+TOTAL = RIGHT + MOST_DRAFTS
+RECORD_WORDS = TOTAL + 1
 MOST_LACKING = 512  # positions that the block can be behind
 RING_ROWS = MOST_LACKING + 16  # and those of drafts
 LONGEST_MATCH = 4
@@ -243,6 +244,7 @@ def accept(op, step, task, scratch):
     store_i64(step + WORD * REPEAT, 0)
     store_i64(step + WORD * TENTATIVE, 0)
     store_i64(record + WORD * CYCLES, word(record, CYCLES) + 1)
+    store_i64(record + WORD * TOTAL, word(record, TOTAL) + count - 1)
     accepted, row, ended = 0, 0, False
     while True:
         chosen = choose(sampler, logits + row * row_bytes, history, length, position + row + 1)
