@@ -9,8 +9,10 @@ that whatever a wider batch costs (experts from disk, a long context) is in them
 never measured is taken to cost what the first draft did, for each of its drafts.
 
 Measuring a slower depth costs time, so a trial waits until the time since has earned it: trials
-lose no more than EARNED of it. A trial's first burst warms up, and is not timed. What is learned
-outlives an answer. Tokens do not depend on any of
+lose no more than EARNED of it, or PROMISING times that where guesses are right so often that a
+depth should pay. A trial's first burst warms up, and is not timed; what the block reads is often
+not in the caches when it has not run for long, so a new trial counts as much as those before. What
+is learned outlives an answer. Tokens do not depend on any of
 this.
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 
 PLACES = 4
 EARNED = 0.005
+PROMISING = 3
 TRIAL_CYCLES = 4
 TRIAL_TOKENS = 16
 """Plain tokens of a trial of not guessing."""
@@ -131,8 +134,8 @@ class Depth:
             usual = self.rate(self._best)
             if usual:
                 # what disturbed the trial was not its fault
-                lost = seconds - tokens / usual
-                self._earned -= max(0.0, min(lost, CLIP * self._loss(depth, cycles)))
+                lost = min(seconds - tokens / usual, CLIP * self._loss(depth, cycles))
+                self._earned -= max(0.0, lost) / self._patience(depth)
             if not self._warm:
                 self._warm = True
                 return
@@ -166,8 +169,16 @@ class Depth:
             near = [d for d in others if d == 0 or abs(d - self._best) == 1]
             promising = min(near, key=lambda d: self._tried_at[d])
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
-        if self._earned >= self._loss(promising, 1 + cycles):
+        if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):
             self._trial, self._trial_left, self._warm = promising, cycles, False
+            self._weight[promising] = min(self._weight[promising], cycles)
+
+    def _patience(self, depth: int) -> float:
+        """How much more than EARNED a trial may lose."""
+        seconds = self._guessed_seconds(depth)
+        if seconds is None or self.tokens(depth) / seconds <= BETTER * self.rate(self._best):
+            return 1.0
+        return PROMISING
 
     def _loss(self, depth: int, cycles: int) -> float:
         """Seconds that so many cycles are expected to lose."""
