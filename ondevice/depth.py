@@ -20,7 +20,7 @@ from typing import Any
 
 PLACES = 4
 EARNED = 0.005
-PROMISING = 3
+PROMISING = 4
 TRIAL_CYCLES = 4
 TRIAL_TOKENS = 16
 """Plain tokens of a trial of not guessing."""
@@ -134,7 +134,7 @@ class Depth:
             usual = self.rate(self._best)
             if usual:
                 # what disturbed the trial was not its fault
-                lost = min(seconds - tokens / usual, CLIP * self._loss(depth, cycles))
+                lost = min(seconds - tokens / usual, self._loss(depth, cycles))
                 self._earned -= max(0.0, lost) / self._patience(depth)
             if not self._warm:
                 self._warm = True
