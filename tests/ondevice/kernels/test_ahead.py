@@ -9,7 +9,8 @@ from ondevice.kernels import ahead, layout, sample
 from ondevice.kernels.ahead import MOST_DRAFTS, RECORD_WORDS, RING_ROWS
 from ondevice.kernels.formats import READERS
 from quant.format import Array
-from tests.ondevice.kernels.harness import Rows, bits, run
+from tests.ondevice.kernels import harness
+from tests.ondevice.kernels.harness import Rows, bits, run, step_record
 
 VOCABULARY = 50
 
@@ -209,7 +210,7 @@ def test_accept_chooses_as_plain_decoding_does(temperature: float) -> None:
                 position=19 + row,
                 sampler=words,
                 tokens=token,
-                steps_left=99,
+                steps_left=1,
             )
             truth.append(int(plain[20 + row]))
         guesses = [
@@ -226,18 +227,19 @@ def test_accept_chooses_as_plain_decoding_does(temperature: float) -> None:
         record, history = ahead.new_record(), np.zeros(40, np.int32)
         history[:20] = begun
         record[RECORD_WORDS:].view(np.int32)[1 : 1 + drafts] = guesses
-        step = run(
-            ahead.accept,
-            *(record, logits.strides[0]),
-            threads=1,
+        words = sampler(logits, temperature, ends, space)
+        step = step_record(
             history=history,
             history_length=20,
             position=19,
             count=1 + drafts,
             tentative=drafts,
-            sampler=sampler(logits, temperature, ends, space),
+            sampler=words,
             steps_left=left,
         )
+        # once: as a program it would go on
+        line = harness.record(ahead.accept, record, logits.strides[0])
+        ahead.accept(line.ctypes.data, step.ctypes.data, 0, 0)
         made = int(step[layout.HISTORY_LENGTH]) - 20
         assert history[20 : 20 + made].tolist() == expected
         assert step[[layout.PENDING, layout.POSITION]].tolist() == [accepted, 20 + accepted]
