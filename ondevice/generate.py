@@ -125,11 +125,13 @@ class Completion:
             yield from burst
 
     @property
-    def timings(self) -> dict[str, float | list[float]]:
+    def timings(self) -> dict[str, float]:
         """Seconds, and tokens per second, of the prompt and of the answer; how guessing went.
 
-        `acceptance` is the share of right drafts by place, of those whose forerunners were right.
+        `acceptance_1` is the share of right first guesses, `acceptance_2` that of second guesses
+        after a right first one, and so on, as far as there were any.
         """
+        rates = enumerate(self.acceptance.rates, start=1)
         decoded = len(self.tokens) + (self.ended_with is not None)
         return {
             "load_seconds": self._model.load_seconds,
@@ -139,7 +141,7 @@ class Completion:
             "decode_tokens_per_second": _rate(decoded - 1, self.decode_seconds),
             "drafted": self.acceptance.drafted,
             "accepted": sum(self.acceptance.right),
-            "acceptance": self.acceptance.rates,
+            **{f"acceptance_{place}": rate for place, rate in rates},
         }
 
     def _stream(self) -> Generator[str]:
