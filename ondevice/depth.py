@@ -114,7 +114,9 @@ class Depth:
         self._earned -= seconds
 
     def note(self, depth: int, tokens: int, seconds: float, figures: Any) -> None:
-        """What a burst came to: tokens, seconds, and changes of `Ahead.figures`."""
+        """What a burst came to: tokens, seconds, and where tokens were guessed, what was added to
+        `Ahead.figures`.
+        """
         cycles = int(figures[0]) if depth else tokens
         if tokens < 1 or cycles < 1 or seconds <= 0:
             return

@@ -230,14 +230,11 @@ class Completion:
         left = max(2, min(left, ahead.depth.most_tokens()))
         step[layout.STEPS_LEFT] = left
         disturbed = not depth and model.trying_threads
-        before, started = ahead.figures(), time.perf_counter()
         if depth:
-            model.decode_ahead(state, step, depth)
+            seconds, figures = model.decode_ahead(state, step, depth)
+            self.acceptance.add(figures)
         else:
-            model.decode(state, step)
-        seconds = time.perf_counter() - started
-        figures = ahead.figures() - before
-        self.acceptance.add(figures)
+            seconds, figures = model.decode(state, step), None
         if not disturbed:
             made = int(step[layout.HISTORY_LENGTH]) - begin
             ahead.depth.note(depth, made, seconds, figures)

@@ -327,10 +327,11 @@ class Model:
         step: Array,
         threads: int | None = None,
         profile: Array | None = None,
-    ) -> None:
+    ) -> float:
         """Run the decode loop for at most STEPS_LEFT tokens, and move the state on.
 
         On as many threads as is best at the moment, unless told. `profile` as in `Team.run`.
+        Returns the seconds that it took, without those that it waited for other calls.
         """
         with self._alone() as team:
             self._begin(state, step, 1)
@@ -345,11 +346,13 @@ class Model:
                 step[[layout.POSITION, layout.PENDING]] = 0
                 raise
             finally:
+                seconds = time.perf_counter() - started
                 tokens = int(step[layout.POSITION]) - state.position
                 self._move(state, step)
                 if threads is None:
-                    self._pace.note(tokens, time.perf_counter() - started)
+                    self._pace.note(tokens, seconds)
         self._check_finite(state, step)
+        return seconds
 
     def _move(self, state: State, step: Array) -> None:
         """Move a state on to where the decode loop has come."""
@@ -365,15 +368,17 @@ class Model:
                 "the file's weights are damaged"
             )
 
-    def decode_ahead(self, state: State, step: Array, depth: int) -> None:
+    def decode_ahead(self, state: State, step: Array, depth: int) -> tuple[float, Array]:
         """As `decode`, with up to `depth` tokens guessed at every turn; STEPS_LEFT is at least 2.
 
-        It stops before the last of them, which plain decoding makes as well.
+        It stops before the last of them, which plain decoding makes as well. Returns the seconds,
+        and what was added to `Ahead.figures`.
         """
         assert self.ahead is not None and self.ahead.ready(state) and step[layout.STEPS_LEFT] > 1
         with self._alone() as team:
             self._begin(state, step, 1, depth)
             step[layout.STEADY] = 1
+            before, started = self.ahead.figures(), time.perf_counter()
             try:
                 self._run(team, self.ahead.cycle, step, None, self._pace.choose())
             except Error:
@@ -381,13 +386,16 @@ class Model:
                 step[[layout.POSITION, layout.PENDING]] = 0
                 raise
             finally:
+                seconds = time.perf_counter() - started
                 step[[layout.STEADY, layout.CACHE]] = 0, state.cache.ctypes.data
                 self._move(state, step)
                 if state.prediction is not None:
                     state.prediction.start = int(self.ahead.record[ahead.START])
                     state.prediction.end = int(self.ahead.record[ahead.END])
                     state.prediction.cut(state.position)
+            figures = self.ahead.figures() - before
         self._check_finite(state, step)
+        return seconds, figures
 
     @property
     def trying_threads(self) -> bool:
