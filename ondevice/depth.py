@@ -38,6 +38,9 @@ CREDIT = 3.0
 """Plain tokens that trials may lose before anything was earned."""
 REST = 32
 """Tokens between two trials, at least."""
+SUDDEN, SUDDEN_REST = 1.3, 300
+"""Two bursts that take so many times longer or shorter than usual mean that the machine is another
+one now: trials get their first credit again, once in so many tokens."""
 CLIP = 2.0
 """A burst that something else disturbed counts as so many times the usual, at most."""
 
@@ -62,6 +65,8 @@ class Depth:
         self._tokens = 0
         self._rested = 0
         self._earned = 0.0
+        self._surprises = 0
+        self._surprised_at = 0
 
     def choose(self) -> int:
         """Tokens to guess in the next burst."""
@@ -125,6 +130,8 @@ class Depth:
                 cycles, figures[1 : 1 + PLACES], figures[1 + PLACES : 1 + 2 * PLACES]
             )
         self._tokens += tokens
+        if self._trial is None:
+            self._look_out(depth, seconds / cycles)
         fresh = self._seconds[depth] is None
         if self._trial is None or self._warm:
             self._learn_seconds(depth, cycles, seconds / cycles)
@@ -151,6 +158,19 @@ class Depth:
         self._settle()
         self._consider_trial()
 
+    def _look_out(self, depth: int, each: float) -> None:
+        """Notice that everything takes longer, or no longer does."""
+        usual, plain = self._seconds[depth], self._seconds[0]
+        if usual is None or usual / SUDDEN < each < usual * SUDDEN:
+            self._surprises = 0
+            return
+        self._surprises += 1
+        if self._surprises == 2 and self._tokens - self._surprised_at > SUDDEN_REST:
+            self._surprised_at = self._tokens
+            self._weight[depth] = 0.0
+            if plain is not None:
+                self._earned = max(self._earned, CREDIT * plain)
+
     def _settle(self) -> None:
         """Use the best of the depths that have been measured."""
         known = [d for d in range(self._least, PLACES + 1) if self._seconds[d] is not None]
@@ -168,7 +188,7 @@ class Depth:
         promising = max(others, key=self.rate)
         unknown = self._seconds[promising] is None
         if not (unknown and self.rate(promising) > BETTER * self.rate(self._best)):
-            near = [d for d in others if d == 0 or abs(d - self._best) == 1]
+            near = [d for d in others if d <= 1 or abs(d - self._best) == 1]
             promising = min(near, key=lambda d: self._tried_at[d])
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
         if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):

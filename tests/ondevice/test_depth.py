@@ -128,3 +128,15 @@ def test_bursts_without_tokens_say_nothing() -> None:
     depth.note(0, 0, 0.1, [0] * 10)
     depth.note(1, 0, 0.1, [0] * 10)
     assert depth.choose() == 0 and depth.rate(0) == depth.rate(3) == 0
+
+
+def test_another_speed_of_the_machine_is_noticed() -> None:
+    """What was learned while something else ran does not stand for long."""
+    depth = Depth("auto")
+    busy = Machine(0.9, 0.9, USEFUL.right, 4)
+    busy.plain = 0.06
+    busy.run(depth, 600)
+    assert depth.choose() == 0
+    USEFUL.run(depth, 2500)
+    best = max(range(PLACES + 1), key=USEFUL.rate)
+    assert USEFUL.rate(depth.choose()) >= 0.95 * USEFUL.rate(best)
