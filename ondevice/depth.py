@@ -74,13 +74,13 @@ class Depth:
             return self.fixed
         return self._best if self._trial is None else self._trial
 
-    def most_tokens(self) -> int:
-        """Tokens of the next burst, at most: a trial is short."""
+    def cycles(self, tokens: int) -> int:
+        """Cycles of the next burst, which should make about so many tokens: a trial is short."""
+        depth = self.choose()
+        most = max(1, round(tokens / self.tokens(depth)))
         if self.fixed is not None or self._trial is None:
-            return 1 << 30
-        if not self._warm:
-            return 1 + max(1, self._trial)
-        return TRIAL_TOKENS if self._trial == 0 else 2 + self._trial_left
+            return most
+        return min(most, self._trial_left) if self._warm else 1
 
     def _guessed_seconds(self, depth: int) -> float | None:
         """Of a cycle, from plain decoding alone."""

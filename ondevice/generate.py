@@ -217,23 +217,24 @@ class Completion:
     def _take_steps(self) -> None:
         """One burst of the decode loop, plain or with tokens guessed ahead."""
         model, state, step = self._model, self._state, self._step
-        ahead = model.ahead
-        left, begin = int(step[layout.STEPS_LEFT]), int(step[layout.HISTORY_LENGTH])
-        if ahead is None or left < 2 or not ahead.ready(state):
+        ahead, remaining = model.ahead, self.max_tokens - len(self.tokens)
+        burst, begin = int(step[layout.STEPS_LEFT]), int(step[layout.HISTORY_LENGTH])
+        if ahead is None or remaining < 2 or not ahead.ready(state):
             model.decode(state, step)
             return
         depth = ahead.depth.choose()
+        disturbed = not depth and model.trying_threads
         if depth:
             started = time.perf_counter()
             model.catch_up(state, step)
             ahead.depth.charge(time.perf_counter() - started)
-        left = max(2, min(left, ahead.depth.most_tokens()))
-        step[layout.STEPS_LEFT] = left
-        disturbed = not depth and model.trying_threads
-        if depth:
-            seconds, figures = model.decode_ahead(state, step, depth)
+            # a short burst has room for all guesses of its cycle
+            step[layout.STEPS_LEFT] = min(remaining, burst + depth + 1)
+            cycles = ahead.depth.cycles(burst)
+            seconds, figures = model.decode_ahead(state, step, depth, cycles)
             self.acceptance.add(figures)
         else:
+            step[layout.STEPS_LEFT] = ahead.depth.cycles(burst)
             seconds, figures = model.decode(state, step), None
         if not disturbed:
             made = int(step[layout.HISTORY_LENGTH]) - begin

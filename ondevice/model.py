@@ -229,13 +229,15 @@ class Model:
         """What `prefill`, `decode` and the output head run, by these names."""
         return {"prefill": self._prefill, "decode": self._decode, "head": self._head}
 
-    def _begin(self, state: State, step: Array, count: int, depth: int = 0) -> None:
+    def _begin(
+        self, state: State, step: Array, count: int, depth: int = 0, cycles: int = 0
+    ) -> None:
         """Make the step one of this state, with no tentative tokens."""
         step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, state.position, 0
         step[[layout.PENDING, layout.TENTATIVE, layout.STEADY]] = state.pending, 0, 0
         step[layout.JOURNAL] = 0 if state.journal is None else state.journal.ctypes.data
         if self.ahead is not None:
-            self.ahead.aim(state, depth)
+            self.ahead.aim(state, depth, cycles)
 
     @contextmanager
     def _alone(self) -> Iterator[Team]:
@@ -368,15 +370,17 @@ class Model:
                 "the file's weights are damaged"
             )
 
-    def decode_ahead(self, state: State, step: Array, depth: int) -> tuple[float, Array]:
-        """As `decode`, with up to `depth` tokens guessed at every turn; STEPS_LEFT is at least 2.
+    def decode_ahead(
+        self, state: State, step: Array, depth: int, cycles: int = 1 << 30
+    ) -> tuple[float, Array]:
+        """As `decode`, with up to `depth` tokens guessed at each of at most so many turns.
 
-        It stops before the last of them, which plain decoding makes as well. Returns the seconds,
-        and what was added to `Ahead.figures`.
+        STEPS_LEFT is at least 2; it stops before the last of them, which plain decoding makes as
+        well. Returns the seconds, and what was added to `Ahead.figures`.
         """
         assert self.ahead is not None and self.ahead.ready(state) and step[layout.STEPS_LEFT] > 1
         with self._alone() as team:
-            self._begin(state, step, 1, depth)
+            self._begin(state, step, 1, depth, cycles)
             step[layout.STEADY] = 1
             before, started = self.ahead.figures(), time.perf_counter()
             try:

@@ -173,15 +173,15 @@ class Ahead:
             state.prediction is not None and state.prediction.ready(state.position)
         )
 
-    def aim(self, state: State | None, depth: int = 0) -> None:
-        """Point the record at a state; None for none."""
-        prediction = state.prediction if state is not None else None
+    def aim(self, state: State, depth: int = 0, cycles: int = 0) -> None:
+        """Point the record at a state, for so many cycles."""
+        prediction = state.prediction
         record = self.record
         record[ahead.RING] = prediction.ring.ctypes.data if prediction else 0
         record[ahead.HEAD_CACHE] = prediction.cache.ctypes.data if prediction else 0
         record[ahead.START] = prediction.start if prediction else 0
         record[ahead.END] = prediction.end if prediction else 0
-        record[[ahead.DEPTH, ahead.MADE]] = depth, 0
+        record[[ahead.DEPTH, ahead.MADE, ahead.CYCLES_LEFT]] = depth, 0, cycles
 
     def figures(self) -> Array:
         """Cycles so far; drafts compared, by place; those that were right; drafts in all."""

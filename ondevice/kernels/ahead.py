@@ -17,7 +17,8 @@ The record (int64 words): depth wanted; drafts of this cycle; drafts made so far
 jumps; the trunk's position and cache while the block runs; the block's cache, start and end; the
 ring; the tokens to check, int32, the certain one first; for tests, the true tokens by position,
 how many, and the chance (f64) that a draft is true; cycles; per place, how often a draft was
-compared with the token chosen, and how often it was that token; drafts in all.
+compared with the token chosen, and how often it was that token; drafts in all; cycles that this
+run of the loop may still make.
 """
 
 import numpy as np
@@ -67,7 +68,8 @@ DEPTH, DRAFTED, MADE, MORE, NOTHING_NEW, AT, TRUNK_CACHE, HEAD_CACHE, START, END
 RING, CHECKED, TRUTH, TRUTH_LENGTH, CHANCE, CYCLES = range(10, 16)
 COMPARED, RIGHT = 16, 16 + MOST_DRAFTS
 TOTAL = RIGHT + MOST_DRAFTS
-RECORD_WORDS = TOTAL + 1
+CYCLES_LEFT = TOTAL + 1
+RECORD_WORDS = CYCLES_LEFT + 1
 MOST_LACKING = 512  # positions that the block can be behind
 RING_ROWS = MOST_LACKING + 16  # and those of drafts
 LONGEST_MATCH = 4
@@ -272,7 +274,9 @@ def accept(op, step, task, scratch):
     store_i64(step + WORD * STEPS_LEFT, left)
     store_i64(step + WORD * POSITION, position + 1 + accepted)
     store_i64(step + WORD * PENDING, accepted)
-    if left > 1 and not ended and atomic_load(step + WORD * CANCEL) == 0:
+    cycles = word(record, CYCLES_LEFT) - 1
+    store_i64(record + WORD * CYCLES_LEFT, cycles)
+    if cycles > 0 and left > 1 and not ended and atomic_load(step + WORD * CANCEL) == 0:
         store_i64(step + WORD * REPEAT, 1)
 
 

@@ -24,11 +24,11 @@ class Machine:
         """Tokens a second."""
         return (1 + sum(np.cumprod(self.right[:depth]))) / self.cost(depth)
 
-    def burst(self, depth: int, most: int) -> tuple[int, float, list[int]]:
-        """(tokens, seconds, figures) of a burst of about 80 ms."""
+    def burst(self, depth: int, cycles: int) -> tuple[int, float, list[int]]:
+        """(tokens, seconds, figures) of so many cycles."""
         figures = [0] * (2 + 2 * PLACES)
         made, seconds = 0, 0.0
-        while seconds < 0.08 and made < most:
+        while figures[0] < cycles:
             seconds += self.cost(depth) * (1 + self.noise * abs(self.random.standard_normal()))
             made += 1
             figures[0] += 1
@@ -46,7 +46,7 @@ class Machine:
         made, seconds = 0, 0.0
         while made < tokens:
             chosen = depth.choose()
-            more, taken, figures = self.burst(chosen, depth.most_tokens())
+            more, taken, figures = self.burst(chosen, depth.cycles(4))
             depth.note(chosen, more, taken, figures)
             made, seconds = made + more, seconds + taken
         plain = self.plain * (1 + self.noise * 0.8)
@@ -97,8 +97,7 @@ def test_guesses_from_the_context_cost_nothing_where_there_are_none() -> None:
     depth = Depth("auto")
     random = np.random.default_rng(2)
     for _ in range(400):
-        chosen, most = depth.choose(), depth.most_tokens()
-        tokens = min(most, 4)
+        chosen, tokens = depth.choose(), depth.cycles(4)
         figures = [tokens if chosen else 0] + [0] * (1 + 2 * PLACES)
         depth.note(chosen, tokens, tokens * 0.02 * (1 + 0.01 * random.random()), figures)
     copying = Machine(0.0, 0.1, (0.95,) * PLACES)
