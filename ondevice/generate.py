@@ -199,6 +199,9 @@ class Completion:
         step[layout.STEPS_LEFT] = limit
         try:
             self._take_steps()
+        except BaseException:
+            self._state.settle()
+            raise
         finally:
             tokens: list[int] = self._history[begin : int(step[layout.HISTORY_LENGTH])].tolist()
             if tokens and self._model.ends[tokens[-1]]:

@@ -420,8 +420,10 @@ class Model:
         step = self.step(state)
         with self._alone() as team:
             self._begin(state, step, 0)
-            self._run(team, self.ahead.settle, step)
-            state.pending = 0
+            try:
+                self._run(team, self.ahead.settle, step)
+            finally:
+                state.pending = int(step[layout.PENDING])
 
     def look_ahead(self, state: State, tokens: Sequence[int]) -> Array:
         """Take 1 to 5 tokens into a state, all but the first so that `take_back` can forget them.
@@ -437,8 +439,8 @@ class Model:
             step[layout.TOKENS] = ids.ctypes.data
             try:
                 self._run(team, self.ahead.check, step)
-            except Error:
-                state.reset()
+            except BaseException:
+                state.reset()  # an interrupt does not tell whether the tokens were taken in
                 raise
             start = state.position
             state.position += len(ids)

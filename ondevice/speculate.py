@@ -102,10 +102,11 @@ class Ahead:
         self.check = trunk + logits
         self._logits_bytes = logits_buffer.row_bytes
         self.programs: tuple[Program, ...] = ()
-        self.settle = _settling(trunk)
         self.head: Head | None = None
         self.hidden: Operations | None = None
         program = Program(1, threads)
+        program.add(ahead.settled)
+        self.settle = _settling(trunk) + program.take()
         program.add(ahead.look_up, self._address, config.vocabulary)
         self.cycle = program.take() + self._checking()
 
@@ -145,7 +146,8 @@ class Ahead:
     @property
     def kernels(self) -> Operations:
         """All programs, one after the other, for the compiler."""
-        return self.cycle + self.hidden if self.hidden is not None else self.cycle
+        programs = self.cycle + self.settle
+        return programs + self.hidden if self.hidden is not None else programs
 
     # ---- a state ----
 

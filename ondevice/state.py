@@ -70,6 +70,12 @@ class State:
             assert self.settler is not None
             self.settler(self)
 
+    def arrive(self, position: int) -> None:
+        """The memory was filled from elsewhere with what it is at a position."""
+        self.position, self.pending = position, 0
+        if self.prediction is not None:
+            self.prediction.cut(0)
+
     def _cut(self, position: int, pending: int = 0) -> None:
         self.position, self.pending = position, pending
         if self.prediction is not None:

@@ -280,6 +280,12 @@ def accept(op, step, task, scratch):
         store_i64(step + WORD * REPEAT, 1)
 
 
+@operation
+def settled(op, step, task, scratch):
+    """Pending tokens are in the memory now: the last of a program, so that none is run twice."""
+    store_i64(step + WORD * PENDING, 0)
+
+
 def new_record() -> np.ndarray:
     """A record with room for the tokens to check behind its words."""
     record = np.zeros(RECORD_WORDS + (2 + MOST_DRAFTS) // 2 + 1, np.int64)

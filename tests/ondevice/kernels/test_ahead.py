@@ -271,3 +271,8 @@ def test_accept_reports_what_is_not_finite() -> None:
     )
     assert step[layout.OUTCOME] == layout.NOT_FINITE and step[layout.REPEAT] == 0
     assert history[1] == 3 and step[layout.POSITION] == 2
+
+
+def test_settled() -> None:
+    step = run(ahead.settled, threads=1, pending=3)
+    assert step[layout.PENDING] == 0
