@@ -75,6 +75,13 @@ prompt_cache_option = click.option(
     show_default=True,
     help="Keep what was computed for long prompts on disk, for the next time.",
 )
+mtp_option = click.option(
+    "--mtp",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Guess tokens ahead where that is faster, always, or never; the answer is the same.",
+)
 running_options = options(threads_option, context_option, memory_option, kv_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
@@ -272,13 +279,7 @@ def inspect(
     help="Stop after this many tokens [default: when the answer or the context ends].",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
-@click.option(
-    "--mtp",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="Guess tokens ahead with the model's own head.",
-)
+@mtp_option
 @sampling_options
 @running_options
 @prompt_cache_option
@@ -299,10 +300,8 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Answer one prompt: from -p, from a file, or piped in."""
-    if mtp == "on":
-        raise UsageError("--mtp on: this version does not guess tokens ahead yet; use auto or off")
     text = one_prompt(prompt, file)
-    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv, "mtp": mtp}
     with load(model, **settings, prompt_cache=prompt_cache) as loaded:
         if raw:
             ids = loaded.tokenize(text)
@@ -361,6 +360,7 @@ def one_prompt(prompt: str | None, file: str | None) -> str:
     help="Go on with --session NAME, or with the most recent one.",
 )
 @click.option("--stats", is_flag=True, help="Show the speed after each answer.")
+@mtp_option
 @sampling_options
 @running_options
 @prompt_cache_option
@@ -370,6 +370,7 @@ def chat(
     name: str | None,
     resume: bool,
     stats: bool,
+    mtp: str,
     threads: int | None,
     context: int | None,
     memory: int | None,
@@ -386,7 +387,7 @@ def chat(
 
         name = journal.existing(name) if resume or name is None else name
         model = model or journal.model_of(name)
-    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv, "mtp": mtp}
     with load(model or "demo", **settings, prompt_cache=prompt_cache) as loaded:
         from ondevice import terminal
 

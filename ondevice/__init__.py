@@ -33,6 +33,7 @@ def load(
     kv: str = "f16",
     progress: Callable[[int, int], None] | None = None,
     prompt_cache: bool = False,
+    mtp: str = "auto",
 ) -> "Model":
     """Open a GGUF file, or the bundled model by the name "demo".
 
@@ -43,6 +44,8 @@ def load(
     progress: called with (done, needed) while kernels are compiled, once on every machine.
     prompt_cache: keep what was computed for long beginnings of prompts in the cache folder, 2 GB at
         most, and find it there; what prompts say can be told from it.
+    mtp: whether to guess tokens ahead, which changes no token: "auto" where it is faster, "on"
+        always, with the file's multi-token-prediction block, "off" never.
     Raises Error, with one line that names what is wrong with the file or the options.
     """
     from ondevice.model import Model
@@ -51,7 +54,7 @@ def load(
         from ondevice.demo import gguf_path
 
         path = gguf_path(progress)
-    return Model(Path(path), threads, context, memory, kv, progress, prompt_cache)
+    return Model(Path(path), threads, context, memory, kv, progress, prompt_cache, mtp)
 
 
 def __getattr__(name: str) -> Any:

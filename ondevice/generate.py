@@ -17,6 +17,7 @@ from ondevice.experts import Counts
 from ondevice.forecast import what_limits
 from ondevice.kernels import layout
 from ondevice.sampling import Sampling
+from ondevice.speculate import Acceptance
 from ondevice.state import State
 from ondevice.tokenizer import TextStream
 from quant.errors import UsageError
@@ -83,6 +84,10 @@ class Completion:
         self._step = model.step(state)
         self._step[layout.SAMPLER] = self._sampler.ctypes.data
         self._step[layout.HISTORY] = self._history.ctypes.data
+        if model.ahead is not None:
+            model.ahead.prepare(model, state)
+        self.acceptance = Acceptance()
+        """How guessing tokens ahead went."""
         self._cancelled = False
         self._when_reached = when_reached
         self._when_taken = when_taken
@@ -122,6 +127,7 @@ class Completion:
         if self._pieces is not None:
             self._pieces.close()
         self._runs.close()
+        self._state.settle()
         if self.finish_reason is None:
             self.finish_reason = "cancel"
 
@@ -132,7 +138,13 @@ class Completion:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds, and tokens per second, of the prompt and of the answer; what the disk gave."""
+        """Seconds, and tokens per second, of the prompt and of the answer; what the disk gave and
+        how guessing went.
+
+        `acceptance_1` is the share of right first guesses, `acceptance_2` that of second guesses
+        after a right first one, and so on, as far as there were any.
+        """
+        rates = enumerate(self.acceptance.rates, start=1)
         decoded = len(self.tokens) + (self.ended_with is not None)
         experts = self.experts
         return {
@@ -144,6 +156,9 @@ class Completion:
             "expert_hit_rate": experts.hit_rate,
             "disk_bytes": experts.bytes_read,
             "disk_wait_seconds": experts.waiting / self._model.threads,
+            "drafted": self.acceptance.drafted,
+            "accepted": sum(self.acceptance.right),
+            **{f"acceptance_{place}": rate for place, rate in rates},
         }
 
     @property
@@ -217,7 +232,10 @@ class Completion:
         step[layout.HISTORY_LENGTH] = begin
         step[layout.STEPS_LEFT] = limit
         try:
-            self._model.decode(self._state, step)
+            self._take_steps()
+        except BaseException:
+            self._state.settle()
+            raise
         finally:
             tokens: list[int] = self._history[begin : int(step[layout.HISTORY_LENGTH])].tolist()
             if tokens and self._model.ends[tokens[-1]]:
@@ -229,4 +247,32 @@ class Completion:
                 self.finish_reason = "length"
             elif self._cancelled:
                 self.finish_reason = "cancel"
+        if self.finish_reason is not None:
+            self._state.settle()
         return tokens
+
+    def _take_steps(self) -> None:
+        """One burst of the decode loop, plain or with tokens guessed ahead."""
+        model, state, step = self._model, self._state, self._step
+        ahead, remaining = model.ahead, self.max_tokens - len(self.tokens)
+        burst, begin = int(step[layout.STEPS_LEFT]), int(step[layout.HISTORY_LENGTH])
+        if ahead is None or remaining < 2 or not ahead.ready(state):
+            model.decode(state, step)
+            return
+        depth = ahead.depth.choose()
+        disturbed = not depth and model.trying_threads
+        if depth:
+            started = time.perf_counter()
+            model.catch_up(state, step)
+            ahead.depth.charge(time.perf_counter() - started)
+            # a short burst has room for all guesses of its cycle
+            step[layout.STEPS_LEFT] = min(remaining, burst + depth + 1)
+            cycles = ahead.depth.cycles(burst)
+            seconds, figures = model.decode_ahead(state, step, depth, cycles)
+            self.acceptance.add(figures)
+        else:
+            step[layout.STEPS_LEFT] = ahead.depth.cycles(burst)
+            seconds, figures = model.decode(state, step), None
+        if not disturbed:
+            made = int(step[layout.HISTORY_LENGTH]) - begin
+            ahead.depth.note(depth, made, seconds, figures)

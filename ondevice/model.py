@@ -6,14 +6,15 @@
 
 Three programs share the same buffers: `prefill` takes a batch of tokens into a state, `head` gives
 logits for rows of that batch, and `decode` takes one token, chooses the next, and goes on with it
-until a limit, an end token or a request to stop, all in one native call.
+until a limit, an end token or a request to stop, all in one native call. Those that guess tokens
+ahead are in speculate.py.
 """
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +27,23 @@ from ondevice.chat import Template
 from ondevice.config import Config
 from ondevice.experts import Counts, Pool
 from ondevice.gguf_file import GGUFFile
-from ondevice.kernels import expand, layout, sample
+from ondevice.kernels import ahead, expand, layout, sample
+from ondevice.kernels.ahead import MOST_DRAFTS
 from ondevice.kernels.attention import CACHES
 from ondevice.kernels.formats import READERS
+from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.store import read
 from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
 from ondevice.layers.attention import attention, positions
-from ondevice.layers.deltanet import deltanet, memory_bytes
+from ondevice.layers.deltanet import deltanet
 from ondevice.layers.moe import moe
 from ondevice.pace import Pace
 from ondevice.program import Operations, Program, zeros
 from ondevice.prompt_cache import PromptCache, reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import LEAST_MEMORY, Snapshots
+from ondevice.speculate import MODES, Ahead, remember
+from ondevice.speculate import state_bytes as ahead_bytes
 from ondevice.state import State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
@@ -94,11 +99,14 @@ class Model:
         kv: str = "f16",
         progress: Report | None = None,
         prompt_cache: bool = False,
+        mtp: str = "auto",
     ) -> None:
         started = time.perf_counter()
         self.path = path
         self._closed = False
         self.kv = _cache_type(kv)
+        self.mtp = _mode(mtp)
+        self.ahead: Ahead | None = None
         self._pool: Pool | None = None
         self._file = GGUFFile.open(path)
         try:
@@ -107,12 +115,12 @@ class Model:
             building = time.perf_counter()
             functions = [begin, serve]
             if self.plan.cached:
-                self._pool = Pool(Weights(self._file, self.config), self.config)
+                self._pool = Pool(Weights(self._file, self.config), self._config_of_pool())
                 self._pool.open()
                 weights = Weights(self._file, self.config, self._pool.read_tensor)
                 self._build(weights, threads)
                 functions.append(read)
-            compilation = Compilation([*functions, *self._decode.kernels], progress)
+            compilation = Compilation([*functions, *self._kernels()], progress)
             self.compile_seconds = time.perf_counter() - building
             with compilation:
                 self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
@@ -122,8 +130,8 @@ class Model:
                 waiting = time.perf_counter()
             self.compile_seconds += time.perf_counter() - waiting
             if self._pool is not None:
-                self._usage_name = usage.identity(self._file, self.config)
-                self._usage = usage.load(self._usage_name, self.config)
+                self._usage_name = usage.identity(self._file, self._config_of_pool())
+                self._usage = usage.load(self._usage_name, self._config_of_pool())
                 self._pool.allocate(self.plan.pool)
             self._team = Team(threads)
             # how long a token waits for the disk says nothing about threads
@@ -159,11 +167,13 @@ class Model:
     ) -> "Planned":
         """Where the bytes would go if the model were opened so, and what is known of its use."""
         model = cls.__new__(cls)
-        model.path, model.kv, model._pool = path, _cache_type(kv), None
+        model.path, model.kv, model.mtp = path, _cache_type(kv), "auto"
+        model.ahead, model._pool = None, None
         model._file = GGUFFile.open(path)
         try:
             model._prepare(context, _threads(threads), memory)
-            known = usage.load(usage.identity(model._file, model.config), model.config)
+            config = model._config_of_pool()
+            known = usage.load(usage.identity(model._file, config), config)
             weights = Weights(model._file, model.config)
             held = model.plan.pool // model.plan.needs.expert
             used = known.by_use()[held // 2 :]
@@ -183,6 +193,11 @@ class Model:
         A context that nobody asked for is made smaller where it would take much of a budget.
         """
         self.config = Config.from_gguf(self._file)
+        if self.mtp == "on" and not self.config.mtp_layers:
+            raise UsageError(
+                f"{self.path}: the file has no multi-token-prediction block to guess with; "
+                "use auto or off"
+            )
         self.context = _context(context, self.config)
         weights = Weights(self._file, self.config)
         weights.check()
@@ -211,41 +226,71 @@ class Model:
             then=layout.CHAIN,
         )
         batch = positions(program, config)
-        place, index = 0, 0
         for layer, recurrent in enumerate(config.recurrent):
+            index = config.recurrent[:layer].count(recurrent)
             if recurrent:
-                mixed = deltanet(program, config, weights, layer, x, place)
-                place += memory_bytes(config)
+                mixed = deltanet(program, config, weights, layer, x, index)
             else:
                 mixed = attention(program, config, weights, layer, x, batch, index, self.kv)
-                index += 1
             moe(program, config, weights, layer, x, mixed, self._pool)
         self._prefill = program.take()
         head = Program(HEAD_ROWS, threads)
         output_norm = weights.vector("output_norm.weight", config.hidden)
-        h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,))
+        predicts = self.mtp != "off" and config.mtp_layers > 0
+        record = ahead.new_record()
+        then = layout.CHAIN if predicts else layout.BARRIER
+        h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,), then=then)
+        if predicts:
+            remember(head, record, h.floats, config.hidden)
         self._logits = head.linear(output, h, "logits")
         self._head = head.take()
+        self._programs: tuple[Program, ...] = (program, head)
+        if self.mtp != "off":
+            self.ahead = Ahead(
+                config, record, self._prefill, self._head, self._logits, threads, self.mtp
+            )
+            if predicts:
+                self.ahead.add_head(program, weights, x, output_norm, self.kv, self._pool)
+            self._programs += self.ahead.programs
         head.add(sample.sample)
         self._decode = self._prefill + self._head + head.take()
-        self._programs: tuple[Program, ...] = (program, head)
-        self.scratch_bytes = -(-max(program.scratch_bytes, head.scratch_bytes) // 64) * 64
+        most = max(program.scratch_bytes for program in self._programs)
+        self.scratch_bytes = -(-most // 64) * 64
         self._scratch = zeros(threads * self.scratch_bytes)
+
+    def _kernels(self) -> list[CompiledFunction]:
+        """All kernels that may run."""
+        programs = self._decode if self.ahead is None else self._decode + self.ahead.kernels
+        return programs.kernels
 
     def _needs(self, weights: Weights) -> Needs:
         config = self.config
-        pool = Pool(weights, config)
+        pool = Pool(weights, self._config_of_pool())
+        extra = ahead_bytes(config, self.context, self.kv) if self.ahead else 0
+        dense = weights.dense_bytes + weights.likely_router_bytes
         return Needs(
             file=self._file.nbytes,
-            dense=weights.dense_bytes + weights.likely_router_bytes,
+            dense=dense + (weights.prediction_bytes if self._predicts else 0),
             keys_and_values=cache_bytes(config, self.context, self.kv),
             delta_memory=state_bytes(config),
-            buffers=sum(program.nbytes for program in self._programs) + self._scratch.nbytes,
+            buffers=sum(program.nbytes for program in self._programs)
+            + self._scratch.nbytes
+            + extra,
             least_pool=pool.least_bytes,
             most_pool=pool.most_bytes,
             expert=pool.expert_bytes,
             slice=pool.slice_bytes,
         )
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether the multi-token-prediction block is in use."""
+        return self.mtp != "off" and self.config.mtp_layers > 0
+
+    def _config_of_pool(self) -> Config:
+        """The configuration in whose layers the pool finds experts: with those of the block."""
+        config = self.config
+        return replace(config, layers=config.layers + 1) if self._predicts else config
 
     @property
     def expert_counts(self) -> Counts:
@@ -276,6 +321,16 @@ class Model:
     def programs(self) -> dict[str, Operations]:
         """What `prefill`, `decode` and the output head run, by these names."""
         return {"prefill": self._prefill, "decode": self._decode, "head": self._head}
+
+    def _begin(
+        self, state: State, step: Array, count: int, depth: int = 0, cycles: int = 0
+    ) -> None:
+        """Make the step one of this state, with no tentative tokens."""
+        step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, state.position, 0
+        step[[layout.PENDING, layout.TENTATIVE, layout.STEADY]] = state.pending, 0, 0
+        step[layout.JOURNAL] = 0 if state.journal is None else state.journal.ctypes.data
+        if self.ahead is not None:
+            self.ahead.aim(state, depth, cycles)
 
     @contextmanager
     def _unless_asked(self) -> Iterator[bool]:
@@ -336,18 +391,51 @@ class Model:
         False if that was aborted; the state is then unchanged. `profile` as in `Team.run`.
         """
         before = state.snapshot()
-        step[[layout.COUNT, layout.POSITION, layout.FIRST]] = len(tokens), state.position, 0
-        step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
+        start, count = state.position, len(tokens)
         try:
-            self.run(self._prefill, step, profile)
+            with self._alone() as team:
+                self._follow_trunk(team, state, step)
+                self._begin(state, step, count)
+                step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
+                self._run(team, self._prefill, step, profile)
+                aborted = bool(step[layout.ABORT]) and count > 1
+                if not aborted:
+                    state.position += count
+                    self._keep_hidden(team, state, step, start)
         except BaseException:
             state.restore(before)
             raise
-        if step[layout.ABORT] and len(tokens) > 1:
+        if aborted:
             state.restore(before)
             return False
-        state.position += len(tokens)
         return True
+
+    def _keep_hidden(self, team: Team, state: State, step: Array, start: int) -> None:
+        """Let the multi-token-prediction block have the batch that began at `start`."""
+        prediction = state.prediction
+        if self.ahead is None or self.ahead.hidden is None or prediction is None:
+            return
+        self._run(team, self.ahead.hidden, step)
+        prediction.note(start, state.position)
+        self._follow_trunk(team, state, step)
+
+    def _follow_trunk(self, team: Team, state: State, step: Array, less: int = 0) -> None:
+        """The block's keys and values of what it lacks, but for so many, where the next tokens are
+        known."""
+        prediction = state.prediction
+        if self.ahead is None or self.ahead.head is None or prediction is None:
+            return
+        if not step[layout.HISTORY] or not prediction.ready(state.position):
+            return
+        until = state.position - less
+        self._begin(state, step, until - prediction.end)
+        step[layout.POSITION] = prediction.end - prediction.start
+        step[[layout.CACHE, layout.STEADY]] = prediction.cache.ctypes.data, 1
+        try:
+            self._run(team, self.ahead.head.follow, step)
+            prediction.end = until
+        finally:
+            step[[layout.CACHE, layout.STEADY]] = state.cache.ctypes.data, 0
 
     def decode(
         self,
@@ -355,13 +443,14 @@ class Model:
         step: Array,
         threads: int | None = None,
         profile: Array | None = None,
-    ) -> None:
+    ) -> float:
         """Run the decode loop for at most STEPS_LEFT tokens, and move the state on.
 
         On as many threads as is best at the moment, unless told. `profile` as in `Team.run`.
+        Returns the seconds that it took, without those that it waited for other calls.
         """
-        step[[layout.COUNT, layout.POSITION, layout.FIRST]] = 1, state.position, 0
         with self._alone() as team:
+            self._begin(state, step, 1)
             if threads is None and self._pace.trying:
                 step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
             started = time.perf_counter()
@@ -370,18 +459,114 @@ class Model:
                 self._run(team, self._decode, step, profile, chosen)
             except Error:
                 state.reset()  # some layers have taken a token in that others have not
-                step[layout.POSITION] = 0
+                step[[layout.POSITION, layout.PENDING]] = 0
                 raise
             finally:
+                seconds = time.perf_counter() - started
                 tokens = int(step[layout.POSITION]) - state.position
-                state.position += tokens
+                self._move(state, step)
                 if threads is None:
-                    self._pace.note(tokens, time.perf_counter() - started)
+                    self._pace.note(tokens, seconds)
+        self._check_finite(state, step)
+        return seconds
+
+    def _move(self, state: State, step: Array) -> None:
+        """Move a state on to where the decode loop has come."""
+        before = state.position
+        state.position, state.pending = int(step[layout.POSITION]), int(step[layout.PENDING])
+        if state.prediction is not None and state.position > before:
+            state.prediction.note(before, state.position)
+
+    def _check_finite(self, state: State, step: Array) -> None:
         if step[layout.OUTCOME] == layout.NOT_FINITE:
             raise Error(
                 f"{self.path}: the logits at position {state.position} are not finite; "
                 "the file's weights are damaged"
             )
+
+    def decode_ahead(
+        self, state: State, step: Array, depth: int, cycles: int = 1 << 30
+    ) -> tuple[float, Array]:
+        """As `decode`, with up to `depth` tokens guessed at each of at most so many turns.
+
+        STEPS_LEFT is at least 2; it stops before the last of them, which plain decoding makes as
+        well. Returns the seconds, and what was added to `Ahead.figures`.
+        """
+        assert self.ahead is not None and self.ahead.ready(state) and step[layout.STEPS_LEFT] > 1
+        with self._alone() as team:
+            self._begin(state, step, 1, depth, cycles)
+            step[layout.STEADY] = 1
+            before, started = self.ahead.figures(), time.perf_counter()
+            try:
+                self._run(team, self.ahead.cycle, step, None, self._pace.choose())
+            except Error:
+                state.reset()
+                step[[layout.POSITION, layout.PENDING]] = 0
+                raise
+            finally:
+                seconds = time.perf_counter() - started
+                step[[layout.STEADY, layout.CACHE]] = 0, state.cache.ctypes.data
+                self._move(state, step)
+                if state.prediction is not None:
+                    state.prediction.start = int(self.ahead.record[ahead.START])
+                    state.prediction.end = int(self.ahead.record[ahead.END])
+                    state.prediction.cut(state.position)
+            figures = self.ahead.figures() - before
+        self._check_finite(state, step)
+        return seconds, figures
+
+    @property
+    def trying_threads(self) -> bool:
+        """Whether the next burst of plain decoding tries another number of threads."""
+        return self._pace.trying
+
+    def catch_up(self, state: State, step: Array) -> None:
+        """Let the multi-token-prediction block see what plain decoding has made since."""
+        prediction = state.prediction
+        if prediction is None or state.position - prediction.end <= 1 + MOST_DRAFTS:
+            return
+        with self._alone() as team:
+            self._follow_trunk(team, state, step, 1)
+
+    def settle(self, state: State) -> None:
+        """Make a state's pending tokens a part of its memory."""
+        assert self.ahead is not None
+        step = self.step(state)
+        with self._alone() as team:
+            self._begin(state, step, 0)
+            try:
+                self._run(team, self.ahead.settle, step)
+            finally:
+                state.pending = int(step[layout.PENDING])
+
+    def look_ahead(self, state: State, tokens: Sequence[int]) -> Array:
+        """Take 1 to 5 tokens into a state, all but the first so that `take_back` can forget them.
+
+        (len(tokens), vocabulary) f32: row i predicts what follows tokens 0 .. i.
+        """
+        assert self.ahead is not None and 1 <= len(tokens) <= 1 + MOST_DRAFTS
+        self.ahead.prepare(self, state)
+        ids, step = self.checked(tokens), self.step(state)
+        with self._alone() as team:
+            self._begin(state, step, len(ids))
+            step[[layout.TENTATIVE, layout.STEADY]] = len(ids) - 1, 1
+            step[layout.TOKENS] = ids.ctypes.data
+            try:
+                self._run(team, self.ahead.check, step)
+            except BaseException:
+                state.reset()  # an interrupt does not tell whether the tokens were taken in
+                raise
+            start = state.position
+            state.position += len(ids)
+            state.pending = len(ids) - 1
+            if state.prediction is not None:
+                state.prediction.note(start, state.position)
+            return self._logit_rows(len(ids)).copy()
+
+    def _logit_rows(self, rows: int) -> Array:
+        """(rows, vocabulary) f32: what the head has computed."""
+        values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes].view(np.float32)
+        return values.reshape(HEAD_ROWS, -1)[:rows, : self.config.vocabulary]
 
     # ---- what an application calls ----
 
@@ -426,21 +611,19 @@ class Model:
         result = np.empty((len(ids), vocabulary), np.float32)
         state = State(self.config, max(1, len(ids)), self.kv)
         step = self.step(state)
-        row = self._logits.row_bytes // 4
         for start in range(0, len(ids), batch):
             tokens_of_batch = np.ascontiguousarray(ids[start : start + batch])
             with self._alone() as team:
                 count = len(tokens_of_batch)
-                step[[layout.COUNT, layout.POSITION, layout.FIRST]] = count, start, 0
+                state.position = start
+                self._begin(state, step, count)
                 step[layout.TOKENS] = tokens_of_batch.ctypes.data
                 self._run(team, self._prefill, step)
                 for first in range(0, count, HEAD_ROWS):
                     rows = min(HEAD_ROWS, count - first)
                     step[[layout.COUNT, layout.FIRST]] = rows, first
                     self._run(team, self._head, step)
-                    values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes]
-                    values = values.view(np.float32).reshape(HEAD_ROWS, row)
-                    result[start + first : start + first + rows] = values[:rows, :vocabulary]
+                    result[start + first : start + first + rows] = self._logit_rows(rows)
         return result
 
     def check_room(self, tokens: int) -> None:
@@ -547,6 +730,13 @@ def _cache_type(name: str) -> str:
     """How keys and values are kept."""
     if name not in CACHES:
         raise UsageError(f"kv is {name!r}; it must be one of {', '.join(CACHES)}")
+    return name
+
+
+def _mode(name: str) -> str:
+    """Whether to guess tokens ahead."""
+    if name not in MODES:
+        raise UsageError(f"mtp is {name!r}; it must be one of {', '.join(MODES)}")
     return name
 
 

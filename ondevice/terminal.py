@@ -53,10 +53,14 @@ def printable(text: str) -> str:
 def timing_line(completion: "Completion") -> str:
     """One line on the speed of a finished answer, and one on what limits it if that is the disk."""
     timings = completion.timings
+    guesses = ""
+    if timings.get("drafted"):
+        guesses = f", {timings['accepted']} of {timings['drafted']} guesses right"
     line = (
         f"read {completion.prefilled_tokens} tokens at "
         f"{timings['prompt_tokens_per_second']:.1f} per second, "
         f"wrote {len(completion.tokens)} at {timings['decode_tokens_per_second']:.1f} per second"
+        f"{guesses}"
     )
     if not timings["disk_bytes"]:
         return line

@@ -156,6 +156,15 @@ class Weights:
             if len(shape) == 2 and name.startswith((*blocks, "token_embd", "output"))
         )
 
+    @property
+    def prediction_bytes(self) -> int:
+        """Bytes of the multi-token-prediction block's matrices outside expert stacks."""
+        return sum(
+            self.tensors[name].nbytes
+            for name, shape in self.needed()
+            if len(shape) == 2 and name.startswith(f"blk.{self.config.layers}.")
+        )
+
     def array(self, name: str, *shape: int) -> Array:
         """A small tensor as a private float32 array; Error if a value is not finite."""
         tensor = self.tensor(name, shape)

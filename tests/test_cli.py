@@ -87,9 +87,10 @@ def test_sampling_options_replace_the_defaults_of_the_file(model: FakeModel, run
 
 def test_options_of_the_machine_reach_load(model: FakeModel, run: Run) -> None:
     model.enqueue("x")
-    run("generate", "m", "-p", "Hi", "-t", "3", "-c", "77", "--memory", "1.5G")
-    settings = {"threads": 3, "context": 77, "memory": 3 << 29, "kv": "f16", "prompt_cache": True}
-    assert model.loaded == ("m", settings)
+    arguments = ("-t", "3", "-c", "77", "--memory", "1.5G", "--mtp", "off")
+    run("generate", "m", "-p", "Hi", *arguments)
+    machine = {"threads": 3, "context": 77, "memory": 3 << 29, "prompt_cache": True}
+    assert model.loaded == ("m", {**machine, "kv": "f16", "mtp": "off"})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,6 @@ def test_options_of_the_machine_reach_load(model: FakeModel, run: Run) -> None:
         (["--top-k", "-3"], "top_k"),
         (["--min-p", "2"], "min_p"),
         (["--repeat-penalty", "0"], "repeat_penalty"),
-        (["--mtp", "on"], "--mtp on: this version does not guess tokens ahead yet"),
         (["--prompt", "  "], "the prompt is empty"),
         (["--file", "prompt.txt"], "give either --prompt or --file, not both"),
     ],

@@ -11,6 +11,13 @@ in the first-level cache. Reading S gives both S'k and S'q, and each later token
 both from the rows as the token before it has moved them on. Tokens are taken one after the other
 in the same expressions whatever the batch, so prefill and decoding agree bit for bit. Value head
 h reads key head h // (value heads / key heads).
+
+The last TENTATIVE tokens of a batch leave no trace in the window and the memory, which cannot be
+cut back: a task goes on from them in copies of its own. What they brought, the rows of qkv and ba,
+goes to the journal instead. Those that the next step finds PENDING there have been accepted, and
+are run before its own tokens: the same expressions on the same numbers, so the memory is, bit for
+bit, as if nobody had ever guessed. A layer's part of the journal is MOST_TENTATIVE rows of qkv
+(channels,) f32 and as many of ba (2 * value heads,) f32.
 """
 
 import math
@@ -18,7 +25,15 @@ import math
 import numpy as np
 
 from ondevice.kernels.activation import sigmoid_of, silu
-from ondevice.kernels.layout import COUNT, STATE, argument, word
+from ondevice.kernels.layout import (
+    COUNT,
+    JOURNAL,
+    PENDING,
+    STATE,
+    TENTATIVE,
+    argument,
+    word,
+)
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
@@ -37,6 +52,17 @@ from quant.jit import inner
 
 CHANNELS = 128  # of one convolution task
 L2_EPSILON = np.float32(1e-6)
+MOST_TENTATIVE = 4
+
+
+@inner
+def input_row(window, journal, x, x_bytes, row, size, pending, source):
+    """Address of the inputs of a token: of the window, the journal or the batch."""
+    if source < 0:
+        return window + (source + size - 1) * row
+    if source < pending:
+        return journal + source * row
+    return x + (source - pending) * x_bytes
 
 
 @operation
@@ -44,12 +70,14 @@ def convolve(op, step, task, scratch):
     """Causal convolution and SiLU of CHANNELS channels; their window moves on by the batch.
 
     (input, bytes, out, bytes, channels, kernel, weights (kernel, channels) f32, window's place in
-     the state: (kernel - 1, channels) f32)
+     the state: (kernel - 1, channels) f32, place in the journal)
+    Rows of `out` are the pending tokens and then the batch's.
     """
     x, x_bytes, out, out_bytes = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
     channels, size, weights = argument(op, 4), argument(op, 5), argument(op, 6)
-    window = word(step, STATE) + argument(op, 7)
-    count, row = word(step, COUNT), 4 * channels
+    window, journal = word(step, STATE) + argument(op, 7), word(step, JOURNAL) + argument(op, 8)
+    pending, tentative, row = word(step, PENDING), word(step, TENTATIVE), 4 * channels
+    count = pending + word(step, COUNT)
     start = task * CHANNELS
     for c in range(start, min(start + CHANNELS, channels), 16):
         left = channels - c
@@ -57,19 +85,18 @@ def convolve(op, step, task, scratch):
             total = zero(f32x16)
             for j in range(size):
                 source = t + j - (size - 1)
-                if source < 0:
-                    value = load_some(window + (source + size - 1) * row + 4 * c, left)
-                else:
-                    value = load_some(x + source * x_bytes + 4 * c, left)
+                at = input_row(window, journal, x, x_bytes, row, size, pending, source)
+                value = load_some(at + 4 * c, left)
                 total = fma(value, load_some(weights + j * row + 4 * c, left), total)
             store_some(out + t * out_bytes + 4 * c, silu(total), left)
         for j in range(size - 1):
-            source = count + j - (size - 1)
-            if source < 0:
-                value = load_some(window + (source + size - 1) * row + 4 * c, left)
-            else:
-                value = load_some(x + source * x_bytes + 4 * c, left)
-            store_some(window + j * row + 4 * c, value, left)
+            source = count - tentative + j - (size - 1)
+            at = input_row(window, journal, x, x_bytes, row, size, pending, source)
+            store_some(window + j * row + 4 * c, load_some(at + 4 * c, left), left)
+        # not before the pending rows have been read
+        for i in range(tentative):
+            value = load_some(x + (count - pending - tentative + i) * x_bytes + 4 * c, left)
+            store_some(journal + i * row + 4 * c, value, left)
 
 
 @inner
@@ -92,7 +119,9 @@ def delta_inputs(op, step, task, scratch):
     """Normalise a key head's q and k in place; k.q, decay and beta; a task is a (token, head).
 
     (qkv, bytes, ba, bytes, key heads, value heads, size, a, dt, kq (tokens, key heads),
-     decay (tokens, value heads), beta (tokens, value heads))
+     decay (tokens, value heads), beta (tokens, value heads), place in the journal)
+    The tasks of the first token do the pending ones as well, and write the journal. All rows but
+    those of ba begin with the pending tokens.
     """
     qkv, qkv_bytes = argument(op, 0), argument(op, 1)
     ba, ba_bytes = argument(op, 2), argument(op, 3)
@@ -100,25 +129,44 @@ def delta_inputs(op, step, task, scratch):
     a, dt = argument(op, 7), argument(op, 8)
     kq, decay, beta = argument(op, 9), argument(op, 10), argument(op, 11)
     ratio = value_heads // key_heads
-    t, head = task // key_heads, task % key_heads
-    q = qkv + t * qkv_bytes + 4 * size * head
-    k = q + 4 * size * key_heads
-    length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
-    scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
-    length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
-    scale_row(k, size, np.float32(1.0) / length)
-    total = zero(f32x16)
-    for c in range(0, size, 16):
-        total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
-    store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
-    pair = ba + t * ba_bytes + 4 * 2 * ratio * head
-    for i in range(ratio):
-        h = head * ratio + i
-        at = 4 * (t * value_heads + h)
-        store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
-        alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
-        softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
-        store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
+    pending, tentative = word(step, PENDING), word(step, TENTATIVE)
+    count = word(step, COUNT)
+    journal_bytes = 8 * value_heads
+    journal = word(step, JOURNAL) + argument(op, 12)
+    journal += 4 * MOST_TENTATIVE * size * (2 * key_heads + value_heads)
+    token, head = task // key_heads, task % key_heads
+    place = 8 * ratio * head
+    begin, end = pending + token, pending + token + 1
+    if token == 0:
+        begin, end = 0, pending + min(1, count)
+    for t in range(begin, end):
+        q = qkv + t * qkv_bytes + 4 * size * head
+        k = q + 4 * size * key_heads
+        length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
+        scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
+        length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
+        scale_row(k, size, np.float32(1.0) / length)
+        total = zero(f32x16)
+        for c in range(0, size, 16):
+            total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
+        store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
+        if t < pending:
+            pair = journal + t * journal_bytes + place
+        else:
+            pair = ba + (t - pending) * ba_bytes + place
+        for i in range(ratio):
+            h = head * ratio + i
+            at = 4 * (t * value_heads + h)
+            store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
+            alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
+            softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
+            store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
+    if token == 0:
+        for i in range(tentative):
+            source = ba + (count - tentative + i) * ba_bytes + place
+            target = journal + i * journal_bytes + place
+            for j in range(2 * ratio):
+                store_f32(target + 4 * j, load_f32(source + 4 * j))
 
 
 @inner
@@ -139,15 +187,15 @@ def read_out(s, size, k, q):
 
 
 @inner
-def moved(s, i, k, d, g):
-    """Row i of S, moved on and stored."""
+def moved(s, to, i, k, d, g):
+    """Row i of S, moved on and stored at `to`."""
     row = fma(d, load_f32(k + 4 * i), load(f32x16, s + 64 * i) * g)
-    store(s + 64 * i, row)
+    store(to + 64 * i, row)
     return row
 
 
 @inner
-def move_and_read_out(s, other, size, k, d, e, g, next_k, next_q, after):
+def move_and_read_out(s, other, to, other_to, size, k, d, e, g, next_k, next_q, after):
     """Two column blocks moved on, by d and e, and `read_out` of them for the next token.
 
     The row of the token after that lies `after` bytes later.
@@ -157,17 +205,17 @@ def move_and_read_out(s, other, size, k, d, e, g, next_k, next_q, after):
     for i in range(0, size - 1, 2):
         prefetch(next_k + 4 * i + after)
         prefetch(next_q + 4 * i + after)
-        even, even_other = moved(s, i, k, d, g), moved(other, i, k, e, g)
+        even, even_other = moved(s, to, i, k, d, g), moved(other, other_to, i, k, e, g)
         x, y = load_f32(next_k + 4 * i), load_f32(next_q + 4 * i)
         key0, key2 = fma(even, x, key0), fma(even_other, x, key2)
         query0, query2 = fma(even, y, query0), fma(even_other, y, query2)
-        odd, odd_other = moved(s, i + 1, k, d, g), moved(other, i + 1, k, e, g)
+        odd, odd_other = moved(s, to, i + 1, k, d, g), moved(other, other_to, i + 1, k, e, g)
         x, y = load_f32(next_k + 4 * i + 4), load_f32(next_q + 4 * i + 4)
         key1, key3 = fma(odd, x, key1), fma(odd_other, x, key3)
         query1, query3 = fma(odd, y, query1), fma(odd_other, y, query3)
     if size % 2 == 1:
         i = size - 1
-        last, last_other = moved(s, i, k, d, g), moved(other, i, k, e, g)
+        last, last_other = moved(s, to, i, k, d, g), moved(other, other_to, i, k, e, g)
         x, y = load_f32(next_k + 4 * i), load_f32(next_q + 4 * i)
         key0, key2 = fma(last, x, key0), fma(last_other, x, key2)
         query0, query2 = fma(last, y, query0), fma(last_other, y, query2)
@@ -176,20 +224,25 @@ def move_and_read_out(s, other, size, k, d, e, g, next_k, next_q, after):
 
 @operation
 def delta_rule(op, step, task, scratch):
-    """o for every token, and S moved on; a task is two column blocks of one head.
+    """o for every token of the batch, and S moved on; a task is two column blocks of one head.
 
     (qkv, bytes, kq, decay, beta, out, bytes, key heads, value heads, size, place in the state)
+    All inputs begin with the pending tokens.
     """
     qkv, qkv_bytes, kq = argument(op, 0), argument(op, 1), argument(op, 2)
     decay, beta = argument(op, 3), argument(op, 4)
     out, out_bytes = argument(op, 5), argument(op, 6)
     key_heads, value_heads, size = argument(op, 7), argument(op, 8), argument(op, 9)
     memory = word(step, STATE) + argument(op, 10)
-    blocks, ratio, count = (size + 15) // 16, value_heads // key_heads, word(step, COUNT)
+    pending = word(step, PENDING)
+    count = pending + word(step, COUNT)
+    kept = count - word(step, TENTATIVE)
+    blocks, ratio = (size + 15) // 16, value_heads // key_heads
     pairs = (blocks + 1) // 2
     head, block = task // pairs, task % pairs * 2
     s = memory + 64 * size * (head * blocks + block)
     other = s + 64 * size if block + 1 < blocks else scratch
+    copy, other_copy = scratch + 64 * size, scratch + 128 * size
     left = size - 16 * block
     q = qkv + 4 * size * (head // ratio)
     k = q + 4 * size * key_heads
@@ -205,20 +258,25 @@ def delta_rule(op, step, task, scratch):
         b = load_f32(beta + 4 * (t * value_heads + head))
         d = (load_some(v, left) - key * g) * b
         e = (load_some(v + 64, left - 16) - other_key * g) * b
-        overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
-        store_some(target, fma(d, overlap, query * g), left)
-        store_some(target + 64, fma(e, overlap, other_query * g), left - 16)
+        if t >= pending:
+            overlap = load_f32(kq + 4 * (t * key_heads + head // ratio))
+            store_some(target, fma(d, overlap, query * g), left)
+            store_some(target + 64, fma(e, overlap, other_query * g), left - 16)
+            target += out_bytes
         if t + 1 < count:
+            to = s if t < kept else copy
+            other_to = other if t < kept else other_copy
             next_k, next_q = k + qkv_bytes, q + qkv_bytes
             key, query, other_key, other_query = move_and_read_out(
-                s, other, size, k, d, e, g, next_k, next_q, qkv_bytes
+                s, other, to, other_to, size, k, d, e, g, next_k, next_q, qkv_bytes
             )
-            k, q, v, target = next_k, next_q, v + qkv_bytes, target + out_bytes
+            s, other = to, other_to
+            k, q, v = next_k, next_q, v + qkv_bytes
             prefetch(v + qkv_bytes)
-        else:
+        elif t < kept:
             for i in range(size):
-                moved(s, i, k, d, g)
-                moved(other, i, k, e, g)
+                moved(s, s, i, k, d, g)
+                moved(other, other, i, k, e, g)
 
 
 def delta_tasks(value_heads: int, size: int) -> int:
@@ -227,8 +285,14 @@ def delta_tasks(value_heads: int, size: int) -> int:
 
 
 def scratch_bytes(size: int) -> int:
-    """Scratch that `delta_rule` needs, in place of the block that an odd number lacks."""
-    return 64 * size
+    """Scratch that `delta_rule` needs: the block that an odd number lacks, copies of two."""
+    return 3 * 64 * size
+
+
+def journal_bytes(key_heads: int, value_heads: int, size: int) -> int:
+    """Bytes of a layer's part of the journal, rounded up to cache lines."""
+    row = 4 * size * (2 * key_heads + value_heads) + 8 * value_heads
+    return -(-MOST_TENTATIVE * row // 64) * 64
 
 
 def memory_bytes(value_heads: int, size: int) -> int:

@@ -20,8 +20,8 @@ PER_TOKEN = 2
 TIMES = 3
 THEN = 4  # what may follow
 ARGUMENTS = 5  # first argument
-LOOP = 30  # 0, or address of an int64: unless that is 0, its group is followed by an earlier one,
-BACK = 31  # which begins so many operations before the next
+LOOP = 30  # 0, or address of an int64: unless that is 0, its group is followed by another one,
+BACK = 31  # which begins so many operations before the next, or after it where this is negative
 
 BARRIER = 0  # THEN: the next operation begins when all tasks of this one are done
 BESIDE = 1  # the next operation's tasks may run at the same time
@@ -46,6 +46,10 @@ HISTORY_LENGTH = 13
 CANCEL = 14  # set by another thread: stop at the next token
 ABORT = 15  # set by another thread: stop at the next barrier, the state is lost
 OUTCOME = 16  # 0 fine, otherwise the code of what went wrong
+JOURNAL = 17  # address of the tentative tokens' inputs to the recurrences (kernels/delta.py)
+PENDING = 18  # tokens of the journal that have been accepted and are not in the memory yet
+TENTATIVE = 19  # last tokens of this batch that may be taken back: the memory stays before them
+STEADY = 20  # not 0: a batch of this program cannot be aborted
 NOT_FINITE = 1  # OUTCOME: a logit was NaN or infinite
 READ_FAILED = 2  # OUTCOME: an expert could not be read
 

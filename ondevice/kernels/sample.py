@@ -24,6 +24,7 @@ from ondevice.kernels.layout import (
     HISTORY_LENGTH,
     NOT_FINITE,
     OUTCOME,
+    PENDING,
     POSITION,
     REPEAT,
     SAMPLER,
@@ -121,9 +122,9 @@ def best_candidates(logits, vocabulary, size, heap):
 
 
 @inner
-def draw(sampler, position):
+def draw(sampler, logits, position):
     """One token from the candidates that the options leave."""
-    logits, vocabulary = word(sampler, LOGITS), word(sampler, VOCABULARY)
+    vocabulary = word(sampler, VOCABULARY)
     temperature = load_f64(sampler + WORD * TEMPERATURE)
     top_k = word(sampler, TOP_K)
     candidates = vocabulary if top_k <= 0 or top_k > vocabulary else top_k
@@ -154,15 +155,13 @@ def draw(sampler, position):
     return load_i32(heap + 4 * (kept - 1))
 
 
-@operation
-def sample(op, step, task, scratch):
-    """Choose a token, append it to the history, and say whether the program runs again."""
-    store_i64(step + WORD * REPEAT, 0)
-    position = word(step, POSITION) + word(step, COUNT)
-    store_i64(step + WORD * POSITION, position)
-    sampler = word(step, SAMPLER)
-    logits, vocabulary = word(sampler, LOGITS), word(sampler, VOCABULARY)
-    history, length = word(step, HISTORY), word(step, HISTORY_LENGTH)
+@inner
+def choose(sampler, logits, history, length, position):
+    """The token at `position`, after a history of `length` tokens; -1 if a logit is not finite.
+
+    It depends on nothing else: not on how many tokens are chosen in a step.
+    """
+    vocabulary = word(sampler, VOCABULARY)
     penalty = load_f64(sampler + WORD * PENALTY)
     if penalty != 1.0:
         penalize(logits, penalty, history, length)
@@ -174,10 +173,25 @@ def sample(op, step, task, scratch):
         if logit > best:
             chosen, best = token, logit
     if not finite:
+        return -1
+    if load_f64(sampler + WORD * TEMPERATURE) > 0.0:
+        chosen = draw(sampler, logits, position)
+    return chosen
+
+
+@operation
+def sample(op, step, task, scratch):
+    """Choose a token, append it to the history, and say whether the program runs again."""
+    store_i64(step + WORD * REPEAT, 0)
+    store_i64(step + WORD * PENDING, 0)  # this step has taken them into the memory
+    position = word(step, POSITION) + word(step, COUNT)
+    store_i64(step + WORD * POSITION, position)
+    sampler = word(step, SAMPLER)
+    history, length = word(step, HISTORY), word(step, HISTORY_LENGTH)
+    chosen = choose(sampler, word(sampler, LOGITS), history, length, position)
+    if chosen < 0:
         store_i64(step + WORD * OUTCOME, NOT_FINITE)
         return
-    if load_f64(sampler + WORD * TEMPERATURE) > 0.0:
-        chosen = draw(sampler, position)
     store_i32(history + 4 * length, chosen)
     store_i64(step + WORD * HISTORY_LENGTH, length + 1)
     store_i32(word(step, TOKENS), chosen)

@@ -42,6 +42,7 @@ from ondevice.kernels.layout import (
     REPEAT,
     SCRATCH,
     SCRATCH_BYTES,
+    STEADY,
     TASKS,
     THEN,
     TIMES,
@@ -137,6 +138,7 @@ def go_on(control, turn):
     if loop != 0 and load_i64(loop) != 0:
         following -= word(ended, BACK)
     aborted = atomic_load(step + WORD * ABORT) != 0 and word(step, COUNT) > 1
+    aborted &= word(step, STEADY) == 0
     aborted |= word(step, OUTCOME) == READ_FAILED
     last = following == word(control, OPERATIONS)
     if aborted or (last and word(step, REPEAT) == 0):

@@ -27,10 +27,16 @@ def window_bytes(config: Config) -> int:
     return -(-4 * (config.conv_kernel - 1) * config.conv_channels // 64) * 64
 
 
+def journal_bytes(config: Config) -> int:
+    """Bytes of one layer's part of the journal."""
+    return delta.journal_bytes(config.key_heads, config.value_heads, config.state_size)
+
+
 def deltanet(
-    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, place: int
+    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, index: int
 ) -> Buffer:
-    """y for every token; `place` is where this layer's state begins, in bytes."""
+    """y for every token; `index` counts the DeltaNet layers before this one."""
+    place, journal = index * memory_bytes(config), index * journal_bytes(config)
     block = f"blk.{layer}"
     hidden, size = config.hidden, config.state_size
     qkv_matrix, z_matrix = weights.delta_input(layer)
@@ -51,7 +57,7 @@ def deltanet(
         *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
         *(config.conv_channels, config.conv_kernel),
         program.keep(np.ascontiguousarray(conv.T)),
-        place,
+        *(place, journal),
         tasks=-(-config.conv_channels // delta.CHANNELS),
     )
     capacity = program.capacity
@@ -64,7 +70,7 @@ def deltanet(
         *(config.key_heads, config.value_heads, size),
         program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
         program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
-        *(kq, decay, beta),
+        *(kq, decay, beta, journal),
         tasks=config.key_heads,
         per_token=True,
     )

@@ -33,7 +33,7 @@ def moe(
 
     Experts are in the mapping, or come from `pool`.
     """
-    last = layer + 1 == config.layers
+    last = layer + 1 >= config.layers  # or the block behind them
     block = f"blk.{layer}"
     hidden, width, shared = config.hidden, config.expert_width, config.shared_width
     count, k = config.experts, config.experts_used

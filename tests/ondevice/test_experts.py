@@ -136,6 +136,8 @@ def test_a_batch_reads_each_expert_once(mapped: Model) -> None:
 
 def test_decoding_uses_what_is_there(mapped: Model) -> None:
     with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
+        assert model.ahead is not None
+        model.ahead.depth.fixed = 0  # guesses touch other experts
         list(model.generate(TOKENS[:600], max_tokens=20, temperature=0.0))
         before = model.expert_counts
         list(model.generate(TOKENS[:40], max_tokens=20, temperature=0.0))

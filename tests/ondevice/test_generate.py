@@ -166,6 +166,8 @@ def test_cancelled_by_another_thread_within_a_burst(
     endless: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last native call would make 4,000 tokens and fill the context: it looks up at each."""
+    assert endless.ahead is not None
+    monkeypatch.setattr(endless.ahead.depth, "fixed", 0)  # or calls are of other lengths
     monkeypatch.setattr(generate, "LONGEST_BURST", sys.maxsize)
     monkeypatch.setattr(generate, "BURST_SECONDS", 1e9)
     completion = endless.complete(PROMPT, GREEDY)

@@ -250,6 +250,8 @@ def test_a_stopped_answer_stands_and_the_conversation_goes_on(
     # one burst long enough that the stop falls into it
     monkeypatch.setattr(generate, "LONGEST_BURST", sys.maxsize)
     monkeypatch.setattr(generate, "BURST_SECONDS", 1e9)
+    assert endless.ahead is not None
+    monkeypatch.setattr(endless.ahead.depth, "fixed", 0)  # or the answer ends before the stop
     session = endless.session(sampling=GREEDY)
     answer = session.send("Hello")
     stop(session, answer)

@@ -8,6 +8,7 @@ from quant.format import Array
 from tests.ondevice.kernels.harness import Rows, bits, run
 
 ROUNDING = 2e-6
+MOST = delta.MOST_TENTATIVE
 BATCHES = ((11,), (1,) * 11, (2, 5, 1, 3))
 HEADS = pytest.mark.parametrize(
     ("key_heads", "value_heads", "size"),
@@ -169,6 +170,81 @@ def test_delta_rule(key_heads: int, value_heads: int, size: int) -> None:
         assert (state[place + used :] == 0xFF).all()
         results.append((bits(out.values), state.tolist()))
     assert results.count(results[0]) == len(BATCHES), "the batch changes the result"
+
+
+# ---- tokens that may be taken back ----
+
+
+@HEADS
+def test_taken_back_tokens_leave_no_trace(key_heads: int, value_heads: int, size: int) -> None:
+    """All three kernels: 1 certain token and up to 4 more, of which some stay, turn after turn."""
+    channels, kernel = (2 * key_heads + value_heads) * size, 4
+    qkv, ba = normal(60, channels), 4 * normal(60, 2 * value_heads, seed=2)
+    weights = normal(kernel, channels, seed=3)
+    a, dt = -abs(normal(value_heads, seed=4)), normal(value_heads, seed=5)
+    window_bytes = -(-4 * (kernel - 1) * channels // 64) * 64
+
+    class Sequence:
+        def __init__(self) -> None:
+            self.state = np.zeros(
+                window_bytes + delta.memory_bytes(value_heads, size) + 64, np.uint8
+            )
+            self.journal = Rows(1, delta.journal_bytes(key_heads, value_heads, size), np.uint8)
+            self.pending = 0
+
+        def take(self, rows: slice, tentative: int = 0) -> Array:
+            """The outputs of a batch."""
+            part, gates = Rows.of(qkv[rows]), Rows.of(ba[rows])
+            count = len(part.values)
+            mixed = Rows(MOST + count, channels)
+            kq = np.zeros((MOST + count, key_heads), np.float32)
+            decay, beta = np.zeros((2, MOST + count, value_heads), np.float32)
+            out = Rows(count, value_heads * size)
+            words = {
+                "count": count,
+                "state": self.state,
+                "journal": self.journal.address,
+                "pending": self.pending,
+                "tentative": tentative,
+            }
+            run(
+                delta.convolve,
+                *(part, mixed, channels, kernel, weights, 0, 0),
+                tasks=-(-channels // delta.CHANNELS),
+                **words,
+            )
+            run(
+                delta.delta_inputs,
+                *(mixed, gates, key_heads, value_heads, size, a, dt, kq, decay, beta, 0),
+                tasks=key_heads * max(1, count),
+                **words,
+            )
+            run(
+                delta.delta_rule,
+                *(mixed, kq, decay, beta, out, key_heads, value_heads, size, window_bytes),
+                tasks=delta.delta_tasks(value_heads, size),
+                scratch=delta.scratch_bytes(size),
+                **words,
+            )
+            self.journal.check()
+            self.pending = tentative
+            return out.values
+
+    plain, guessing = Sequence(), Sequence()
+    random, at = np.random.default_rng(6), 0
+    while at < 50:
+        count = int(random.integers(1, MOST + 2))
+        kept = int(random.integers(0, count))
+        found = guessing.take(slice(at, at + count), count - 1)
+        # what is taken back is not what comes next
+        expected = plain.take(slice(at, at + kept + 1))
+        assert bits(found[: kept + 1]) == bits(expected)
+        guessing.pending = kept
+        at += kept + 1
+        qkv[at : at + 5] += 1
+    guessing.take(slice(0, 0))
+    assert guessing.pending == 0
+    assert guessing.state.tolist() == plain.state.tolist()
 
 
 def test_memory_bytes() -> None:

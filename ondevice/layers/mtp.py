@@ -1,0 +1,157 @@
+"""The multi-token-prediction block: guesses the token after the next one.
+
+    x = W_eh [norm(embedding of the next token); norm(h)]   h: the trunk's vector after output_norm
+    x = x + attention(norm(x));  x = x + experts(norm(x))   with keys and values of its own
+    h' = norm(x),  logits = output(h')                      h' takes h's place for a next guess
+
+At position t it sees h of t and the token at t + 1, and guesses the token at t + 2. Positions that
+have passed matter for their keys and values alone, so `follow` computes no more than those.
+
+Semantics: llama.cpp's src/models/qwen3next.cpp (graph_mtp); weights: `mtp.*` of the checkpoint.
+"""
+
+from dataclasses import dataclass, replace
+
+from ondevice.config import Config
+from ondevice.experts import Pool
+from ondevice.kernels import ahead
+from ondevice.kernels import attention as kernels
+from ondevice.kernels.formats import READERS
+from ondevice.kernels.layout import BESIDE, WORD
+from ondevice.layers.attention import Batch, attention, positions
+from ondevice.layers.moe import moe
+from ondevice.program import (
+    Activation,
+    Buffer,
+    Operations,
+    Program,
+    float_bits,
+    record_arguments,
+)
+from ondevice.weights import Matrix, Weights
+
+DRAFT_ROWS = 40960
+"""Tokens that a draft is chosen from, the first of the vocabulary: byte-pair vocabularies are in
+the order of how common tokens are, and the output matrix is most of what a draft costs."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The block's programs."""
+
+    follow: Operations
+    """Keys and values of the batch's positions."""
+    draft: Operations
+    """Drafts of a cycle, one after the other."""
+    programs: tuple[Program, ...]
+    logits: Buffer
+    hidden: Buffer
+
+
+def head(
+    program: Program, config: Config, weights: Weights, x: Buffer, kv: str, pool: Pool | None,
+    record: int,
+) -> Head:  # fmt: skip
+    """Add the block to what shares `program`'s buffers; `record` is the one of kernels.ahead."""
+    block = f"blk.{config.layers}"
+    tail = Program(1, program.threads)
+    output = _draft_output(weights, f"{block}.nextn.shared_head_head.weight", config)
+    floats = tail.activation("draft input", config.hidden, (output,)).floats
+
+    batch = positions(program, config)
+    inputs = _inputs(program, config, weights, block, record, floats)
+    _combine(program, weights, block, inputs, config, x)
+    _keep(program, config, weights, block, x, batch, kv)
+    follow = program.take()
+
+    program.add(ahead.begin_draft, record)
+    batch = positions(program, config)
+    inputs = _inputs(program, config, weights, block, record, floats)
+    _combine(program, weights, block, inputs, config, x)
+    mixed = attention(program, config, weights, config.layers, x, batch, 0, kv)
+    moe(program, config, weights, config.layers, x, mixed, pool)
+    one = program.take()
+    norm = weights.vector(f"{block}.nextn.shared_head_norm.weight", config.hidden)
+    h = tail.norm(x, norm, config.norm_epsilon, "draft input", (output,))
+    logits = tail.linear(output, h, "draft logits")
+    length = len(one.lines) + tail.length + 1
+    tail.add(
+        ahead.draft,
+        *(record, logits.address, output.rows, config.vocabulary),
+        loop=record + WORD * ahead.MORE,
+        back=length,
+    )
+    return Head(follow, one + tail.take(), (tail,), logits, h.floats)
+
+
+def _draft_output(weights: Weights, own: str, config: Config) -> Matrix:
+    """The output matrix, or its first rows where it is large."""
+    matrix = (
+        weights.matrix(own, config.vocabulary, config.hidden)
+        if weights.has(own)
+        else weights.output()
+    )
+    return replace(matrix, rows=min(DRAFT_ROWS, matrix.rows))
+
+
+def _inputs(
+    program: Program, config: Config, weights: Weights, block: str, record: int, own: Buffer
+) -> Activation:
+    """[norm(embedding); norm(hidden)] of each row."""
+    hidden, name = config.hidden, f"{block}.nextn.embed_tokens.weight"
+    embedding = (
+        weights.matrix(name, config.vocabulary, hidden)
+        if weights.has(name)
+        else weights.embedding()
+    )
+    projection = _projection(weights, block, hidden)
+    both = program.activation("prediction input", 2 * hidden, (projection,))
+    program.add(
+        ahead.head_inputs,
+        *(record, program.keep_matrix(embedding), embedding.row_bytes, hidden),
+        READERS[embedding.format.name].expand,
+        program.keep(weights.vector(f"{block}.nextn.enorm.weight", hidden)),
+        program.keep(weights.vector(f"{block}.nextn.hnorm.weight", hidden)),
+        float_bits(config.norm_epsilon),
+        *(own.address, both.floats.address, both.floats.row_bytes),
+        *record_arguments(both),
+        per_token=True,
+    )
+    return both
+
+
+def _projection(weights: Weights, block: str, hidden: int) -> Matrix:
+    return weights.matrix(f"{block}.nextn.eh_proj.weight", hidden, 2 * hidden)
+
+
+def _combine(
+    program: Program, weights: Weights, block: str, inputs: Activation, config: Config, x: Buffer
+) -> None:
+    """x = W_eh inputs."""
+    result = program.linear(_projection(weights, block, config.hidden), inputs, "x")
+    assert result is x
+
+
+def _keep(
+    program: Program, config: Config, weights: Weights, block: str, x: Buffer, batch: Batch, kv: str
+) -> None:
+    """Keys and values of every row, and nothing else of the attention."""
+    hidden, size = config.hidden, config.head_dim
+    k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
+    v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
+    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
+    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", (k_matrix, v_matrix))
+    k = program.linear(k_matrix, h, "k", then=BESIDE)
+    v = program.linear(v_matrix, h, "v")
+    k_norm = program.keep(weights.vector(f"{block}.attn_k_norm.weight", size))
+    program.add(
+        kernels.CACHES[kv].inputs,
+        *(0, 0, k.address, k.row_bytes, v.address, v.row_bytes),
+        *(0, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
+        *(k_norm, k_norm),
+        float_bits(config.norm_epsilon),
+        0,
+        tasks=config.kv_heads,
+        per_token=True,
+        label="keep keys and values",
+    )
