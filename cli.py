@@ -455,7 +455,8 @@ def bench(
 ) -> None:
     """Measure reading and writing speed, and how near the machine's limits they come."""
     context = depth + prompt + generate
-    with load(model, threads=threads, context=context, memory=memory, kv=kv) as loaded:
+    settings = {"threads": threads, "context": context, "memory": memory, "kv": kv}
+    with load(model, **settings, mtp="off") as loaded:
         from ondevice import bench as benchmark
 
         result = benchmark.run(loaded, prompt, generate, depth, repeat, profile)
@@ -496,7 +497,7 @@ def perplexity(
     from ondevice.perplexity import measure
 
     with contextlib.ExitStack() as stack:
-        settings = {"threads": threads, "context": context, "memory": memory}
+        settings = {"threads": threads, "context": context, "memory": memory, "mtp": "off"}
         loaded = stack.enter_context(load(model, kv=kv, **settings))
         other = stack.enter_context(load(reference, **settings)) if reference else None
         result = measure(loaded, content, context, reference=other, progress=window_progress)

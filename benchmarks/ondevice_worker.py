@@ -32,7 +32,7 @@ INSTRUCTIONS = (
 
 def main() -> None:
     path, threads, context = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    model = ondevice.load(path, threads=threads, context=context)
+    model = ondevice.load(path, threads=threads, context=context, mtp="off")
     measurements: dict[tuple[int, int], Measurement] = {}
 
     def answer(
