@@ -349,7 +349,7 @@ class Trace:
 @pytest.mark.parametrize("name", ["predicts", "quantised"])
 def test_random_traces_equal_fresh_runs(name: str, paths: dict[str, Path]) -> None:
     with ondevice.load(paths[name], threads=2, context=256) as model:
-        for seed in range(100 if name == "predicts" else 20):
+        for seed in range(1000 if name == "predicts" else 20):
             trace = Trace(model, seed)
             trace.guess()
             for _ in range(12):
