@@ -129,7 +129,9 @@ def prediction_table(found: dict[str, Any]) -> str:
     ]
     rows.append((f"  {_size(found['total'])}", f"in all, of {_size(found['budget'])}"))
     lines = [f"{size:<13} {name}" for size, name in rows]
-    speed = f"{found['tokens_per_second']:.3g} tokens/s expected"
+    rate = found["tokens_per_second"]
+    speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    speed += " tokens/s expected"
     if found["experts_from"] == "disk":
         speed += (
             f": {found['expert_hit_rate']:.0%} of experts in memory ({found['hit_rate_from']}), "

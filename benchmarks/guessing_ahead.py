@@ -1,0 +1,75 @@
+"""Speed of guessing tokens ahead against plain decoding, for a given share of right guesses.
+
+    python -m benchmarks.guessing_ahead FILE --right 0.85 0.2
+
+A synthetic head cannot predict, so a hook replaces its drafts by the true tokens with that chance.
+Both ways decode the same text by turns; the figures are medians of the ratios of neighbours. FILE
+needs a multi-token-prediction block: `python -m benchmarks.synthetic FILE --layers 8 --mtp`.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+import ondevice
+from ondevice.depth import Depth
+from ondevice.model import Model
+from ondevice.sampling import Sampling
+from ondevice.speculate import random_hook
+
+SAMPLING = Sampling(temperature=1.0, top_k=20, top_p=1.0, seed=3)
+PROMPT = 20
+
+
+def speed(model: Model, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """Tokens per second of an answer, and the answer."""
+    completion = model.complete(prompt, SAMPLING, tokens)
+    answer = list(completion.ids())
+    return completion.timings["decode_tokens_per_second"], answer
+
+
+def compare(guessing: Model, plain: Model, right: float, tokens: int, rounds: int) -> str:
+    """Measure by turns; a line to read."""
+    prompt = np.random.default_rng(0).integers(0, 1000, PROMPT).tolist()
+    _, answer = speed(plain, prompt, tokens)
+    assert guessing.ahead is not None
+    guessing.ahead.depth = depth = Depth("auto")
+    ratios, rates = [], []
+    for number in range(rounds + 1):
+        truth = random_hook(guessing, prompt + answer, right)
+        before, _ = speed(plain, prompt, tokens)
+        rate, same = speed(guessing, prompt, tokens)
+        assert same == answer
+        del truth
+        if number:  # the first round warms up, and teaches the depth
+            ratios.append(rate / before)
+            rates.append(rate)
+    chosen = depth.choose()
+    return (
+        f"{right:.2f} of guesses right: {statistics.median(ratios):.3f} "
+        f"({min(ratios):.2f}-{max(ratios):.2f}) of plain decoding; depth {chosen}, "
+        f"{float(depth.rate(chosen)):.1f} tokens/s expected, "
+        f"{statistics.median(rates):.1f} measured"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure guessing tokens ahead.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--right", type=float, nargs="+", default=[0.85, 0.2])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    with (
+        ondevice.load(arguments.file, context=1024) as guessing,
+        ondevice.load(arguments.file, context=1024, mtp="off") as plain,
+    ):
+        guessing.ends[:] = plain.ends[:] = 0
+        for right in arguments.right:
+            print(compare(guessing, plain, right, arguments.tokens, arguments.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
