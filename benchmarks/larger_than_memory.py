@@ -64,7 +64,7 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
     from ondevice.experts import READERS
     from ondevice.model import Model
 
-    with ondevice.load(path, memory=memory) as model:
+    with ondevice.load(path, memory=memory, mtp="off") as model:
         runner = Runner(model, PROMPT, GENERATE)
         warming = Runner(model, PROMPT, WARM)
         before = model.expert_counts

@@ -86,7 +86,7 @@ class Counts:
         return self.hits / wanted if wanted else 1.0
 
 
-class Pool(AbstractContextManager["Pool"]):
+class Pool:
     """The experts of a model in a bounded number of slabs."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
@@ -261,9 +261,6 @@ class Pool(AbstractContextManager["Pool"]):
                 self._threads.append(thread)
         except (OSError, RuntimeError) as error:
             raise ResourceError(f"{READERS} reader threads cannot be had: {error}") from None
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the readers and let go of files and memory."""

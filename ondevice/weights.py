@@ -134,11 +134,6 @@ class Weights:
         )
 
     @property
-    def private_bytes(self) -> int:
-        """Bytes of the matrices in private memory."""
-        return sum(data.nbytes for data in self._private.values())
-
-    @property
     def likely_router_bytes(self) -> int:
         """Bytes of what `likely_router` makes for every layer but the first."""
         config, small = self.config, FORMATS["Q8_0"]
