@@ -13,7 +13,7 @@ from pathlib import Path
 from ondevice.kernels.store import BLOCK
 from quant.errors import ResourceError
 
-PROBE_SECONDS, PROBES = 0.2, 5
+PROBE_SECONDS, PROBES = 0.2, 10
 SUPPORTED = hasattr(os, "preadv")
 """Whether files can be read like this here: not on Windows so far."""
 

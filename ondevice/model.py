@@ -177,10 +177,13 @@ class Model:
             weights = Weights(model._file, model.config)
             held = model.plan.pool // model.plan.needs.expert
             used = known.by_use()[held // 2 :]
+            # as often as they are used
+            often = np.cumsum([known.uses[place] for place in used])
+            marks = np.linspace(0, often[-1] if used else 0, MISSED if used else 0, endpoint=False)
             missed = tuple(
                 offset
-                for layer, expert in used[:: max(1, len(used) // MISSED)]
-                for offset in weights.expert_offsets(layer, expert)
+                for at in np.searchsorted(often, marks, side="right")
+                for offset in weights.expert_offsets(*used[at])
             )
             return Planned(model.plan, model.context, known, weights.likely_router_bytes, missed)
         finally:
