@@ -6,9 +6,9 @@
                     + sigmoid(s) * shared(x)
 
 A *slot* is a (token, choice) pair, number token * k + choice. `group` sorts the slots by expert;
-a task of the products is one touched expert and a chunk of its rows, with all of its slots, so a
-batch reads each touched expert once. Results are kept per slot and added up per token in the order
-of choice, so a token's result does not depend on the batch.
+a task of the products is one touched expert and a chunk of its rows, or all of them, with all of
+its slots, so a batch reads each touched expert once. Results are kept per slot and added up per
+token in the order of choice, so a token's result does not depend on the batch.
 
 Experts are read where the file maps them, or from a pool (kernels/store.py).
 """
@@ -34,6 +34,7 @@ from ondevice.kernels.routing import (
     STORE,
     TOUCHED,
     place_of,
+    task_rows,
     task_slots,
 )
 from ondevice.kernels.simd import (
@@ -147,13 +148,13 @@ def gate_up(op, step, task, scratch):
     rows, columns = argument(op, 12), argument(op, 13)
     gate_out, up_out, out_bytes = argument(op, 14), argument(op, 15), argument(op, 16)
     routing, chunk = argument(op, 17), argument(op, 18)
-    chunks = (rows + chunk - 1) // chunk
-    expert, slots, tokens, size = task_slots(routing, task // chunks, word(step, COUNT))
-    start = task % chunks * chunk
-    used = min(chunk, rows - start)
+    index, start, used = task_rows(routing, task, rows, chunk)
+    if used == 0:
+        return
+    expert, slots, tokens, size = task_slots(routing, index, word(step, COUNT))
     g, u = gate_out + 4 * start, up_out + 4 * start
     gate, up = gate + expert * gate_bytes, up + expert * up_bytes
-    place = place_of(routing, task // chunks)
+    place = place_of(routing, index)
     if place != 0:
         store = word(routing, STORE)
         if not await_slices(store, step, place, word(routing, GATE_UP_MASK), scratch):
@@ -184,12 +185,12 @@ def down(op, step, task, scratch):
     rows, columns = argument(op, 6), argument(op, 7)
     out, out_bytes = argument(op, 8), argument(op, 9)
     routing, chunk = argument(op, 10), argument(op, 11)
-    chunks = (rows + chunk - 1) // chunk
-    expert, slots, _, size = task_slots(routing, task // chunks, word(step, COUNT))
-    start = task % chunks * chunk
-    used = min(chunk, rows - start)
+    index, start, used = task_rows(routing, task, rows, chunk)
+    if used == 0:
+        return
+    expert, slots, _, size = task_slots(routing, index, word(step, COUNT))
     weights += expert * expert_bytes
-    place = place_of(routing, task // chunks)
+    place = place_of(routing, index)
     if place != 0:
         store = word(routing, STORE)
         if not await_slices(store, step, place, word(routing, DOWN_MASK), scratch):

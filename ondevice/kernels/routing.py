@@ -18,6 +18,8 @@ ALL, FIRST, ASSIGNED, AGAIN, ORDER, PLACES, STORE, GATE_UP_MASK, DOWN_MASK = ran
 PLACE_GATE, PLACE_UP, PLACE_DOWN, PLACE_WORD = range(4)  # addresses of matrices, of a slab's word
 PLACE_KEEP = 4  # whether the expert is worth keeping
 PLACE_WORDS = 5
+WHOLE = 128
+"""Experts from which on a task is one of them: several for each thread."""
 
 
 @inner
@@ -50,6 +52,20 @@ def task_slots(routing, index, count):
     slots = word(routing, SLOTS) + 4 * begin
     tokens = word(routing, SLOT_TOKENS) + 4 * begin
     return expert, slots, tokens, slots_of(routing, i)
+
+
+@inner
+def task_rows(routing, task, rows, chunk):
+    """(index of the expert in this wave, first row, number of rows) of a task.
+
+    Of a chunk of rows; but where there are many experts one task does all rows of one, so that the
+    records of its tokens stay in the caches, and the tasks of its other chunks have none.
+    """
+    chunks = (rows + chunk - 1) // chunk
+    index, start = task // chunks, task % chunks * chunk
+    if routing != 0 and word(routing, TOUCHED) >= WHOLE:
+        return index, start, rows if start == 0 else 0
+    return index, start, min(chunk, rows - start)
 
 
 @inner

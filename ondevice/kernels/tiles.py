@@ -219,20 +219,6 @@ def store_apart(typing: Any, tile: Any, rows: Any, offset: Any, stride: Any) -> 
 
 
 @intrinsic
-def scatter(typing: Any, address: Any, vector: Any, stride: Any) -> Any:
-    """Store the lanes of an f32x16, `stride` bytes apart."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = args[0]
-        for lane in range(16):
-            store_to(builder, place, builder.extract_element(args[1], constant(I32, lane)))
-            place = builder.add(place, args[2])
-        return context.get_dummy_value()
-
-    return types.none(types.int64, f32x16, types.int64), lower
-
-
-@intrinsic
 def store_folded(typing: Any, totals: Any, rows: Any, offset: Any) -> Any:
     """Store the sum of the lanes of each f32x16, added in a fixed tree, at address + offset."""
 

@@ -13,8 +13,9 @@ first-level cache,
 in scratch for the next step. The value of an output is the same by either way: integer sums are
 exact, and the float sums take the steps in order, by the same expressions.
 
-The rows that are taken together lie far apart, the first of each quarter or sixteenth of what is
-to be done: processors ask memory ahead by themselves for a few streams, each in pages of its own.
+Four rows that are taken together lie far apart, the first of each quarter of what is to be done:
+processors ask memory ahead by themselves for a few streams, each in pages of its own. Sixteen lie
+side by side, and their product asks for the next sixteen.
 
 A loop nest is written once and takes a `Layout`: a Numba type, so `unpack(layout, ...)` is resolved
 while compiling, and, unlike a function passed as an argument, leaves machine code that can be kept
@@ -46,7 +47,6 @@ from ondevice.kernels.tiles import (
     BIASED,
     MOST_TOKENS,
     WOVEN,
-    scatter,
     store_apart,
     store_first,
     tile1,
@@ -303,11 +303,11 @@ def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, last, 
 
 @inner
 def many(
-    layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s, apart
+    layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s, fetch
 ):
-    """Sixteen rows, `row_bytes` apart, times the tokens first .. last, at most CHUNK of them.
+    """Sixteen rows times the tokens first .. last, at most CHUNK of them.
 
-    Results are stored `apart` bytes from each other.
+    With `fetch`, memory is asked for the next sixteen rows.
     """
     totals = s + PANEL
     for t in range(last - first + MOST_TOKENS - 1):
@@ -316,6 +316,8 @@ def many(
         size = min(STEP, columns - start)
         step = start // STEP
         unpack(layout, w + step * step_bytes, row_bytes, size, s)
+        if fetch:
+            ask(w + ROWS * (row_bytes + step * step_bytes), ROWS * step_bytes)
         t = first
         if EIGHT:
             while t + 5 < last:
@@ -335,7 +337,7 @@ def many(
             to = totals + 64 * (t - first)
             some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, last, to)
     for t in range(last - first):
-        scatter(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t), apart)
+        store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
 
 
 @inner
@@ -346,16 +348,16 @@ def multiply(
 
     step_bytes: bytes of STEP columns of a row.
     """
-    part = rows // ROWS if tokens >= WIDE else 0
+    panels = rows // ROWS if tokens >= WIDE else 0
     for first in range(0, tokens, CHUNK):
         last = min(tokens, first + CHUNK)
-        for r in range(part):
-            row, to = w + r * row_bytes, out + 4 * r
+        for r in range(panels):
+            row, to = w + ROWS * r * row_bytes, out + 4 * ROWS * r
             many(
-                layout, step_bytes, row, part * row_bytes, columns, a, a_bytes, i,
-                to, o_bytes, o, first, last, s, 4 * part,
+                layout, step_bytes, row, row_bytes, columns, a, a_bytes, i,
+                to, o_bytes, o, first, last, s, first == 0,
             )  # fmt: skip
-    done = ROWS * part
+    done = ROWS * panels
     rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
     if left > 0:
         t = 0

@@ -164,7 +164,6 @@ def quad(w: int, a: int, out: int) -> None:
     tiles.store_apart(scaled, (out + 192,), 0, 8)
     tiles.store_first(scaled, (out + 192,), 4)
     tiles.store_folded(scaled, (out + 192,), 12)
-    tiles.scatter(out + 256, load(f32x16, out), 8)
 
 
 @EDGES
@@ -172,7 +171,7 @@ def test_quad(left: Draw, right: Draw) -> None:
     w, a = left(0, 63, 64).astype(np.uint8), right(-127, 127, 64).astype(np.int8)
     scales = left(-128, 127, 8).reshape(4, 2)
     memory = np.concatenate([weights(w), scales.repeat(4).astype(np.int16).view(np.uint8)])
-    out = call(quad, memory, inputs(a), 6)
+    out = call(quad, memory, inputs(a), 4)
     dots, others = (w.reshape(4, 16).astype(int) @ a[i : i + 16].astype(int) for i in (8, 24))
     scaled = dots * scales[:, 0] + others * scales[:, 1]
     assert (out[0] == rounded(scaled.repeat(4))).all()
@@ -182,7 +181,6 @@ def test_quad(left: Draw, right: Draw) -> None:
     assert (out[3, :8:2] == rounded(scaled)).all()
     assert out[3, 1] == rounded(scaled)[0]
     assert abs(out[3, 3] - 4 * scaled.sum()) <= 2e-7 * 4 * abs(scaled).sum()
-    assert (out[4:].reshape(-1)[::2] == out[0]).all()
 
 
 @three_integers
