@@ -64,8 +64,8 @@ context_option = click.option(
 kv_option = click.option(
     "--kv-type",
     "kv",
-    type=click.Choice(["f16", "q8_0"]),
-    default="f16",
+    type=click.Choice(["i16", "q8_0"]),
+    default="i16",
     show_default=True,
     help="How keys and values are kept; q8_0 takes half the memory.",
 )

@@ -30,7 +30,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     memory: int | None = None,
-    kv: str = "f16",
+    kv: str = "i16",
     progress: Callable[[int, int], None] | None = None,
     prompt_cache: bool = False,
     mtp: str = "auto",
@@ -40,7 +40,7 @@ def load(
     threads: of computation, all available cores by default.
     context: tokens of prompt and answer together, the model's own up to 32,768 by default.
     memory: bytes that the model may take; less than it needs is refused.
-    kv: how keys and values are kept, "f16" or "q8_0", which takes half the memory.
+    kv: how keys and values are kept, "i16" or "q8_0", which takes half the memory.
     progress: called with (done, needed) while kernels are compiled, once on every machine.
     prompt_cache: keep what was computed for long beginnings of prompts in the cache folder, 2 GB at
         most, and find it there; what prompts say can be told from it.

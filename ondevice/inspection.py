@@ -80,7 +80,7 @@ def predict(
     memory: int,
     threads: int | None = None,
     context: int | None = None,
-    kv: str = "f16",
+    kv: str = "i16",
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
@@ -151,7 +151,7 @@ def state_bytes(config: Config) -> int:
 
 
 def kv_bytes_per_token(config: Config) -> int:
-    """Bytes of keys and values, at float16, that each token of context adds."""
+    """Bytes of keys and values, two a number, that each token of context adds, without scales."""
     attention = config.layers - sum(config.recurrent)
     return 2 * attention * 2 * config.kv_heads * config.head_dim
 

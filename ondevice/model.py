@@ -96,7 +96,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         memory: int | None = None,
-        kv: str = "f16",
+        kv: str = "i16",
         progress: Report | None = None,
         prompt_cache: bool = False,
         mtp: str = "auto",
@@ -163,7 +163,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         memory: int | None = None,
-        kv: str = "f16",
+        kv: str = "i16",
     ) -> "Planned":
         """Where the bytes would go if the model were opened so, and what is known of its use."""
         model = cls.__new__(cls)

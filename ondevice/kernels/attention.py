@@ -4,9 +4,9 @@
                                               pairing i with i + rope / 2 (Su et al., 2021)
     o = softmax(q k' / sqrt(size)) v * sigmoid(gate)
 
-The cache is laid out as kernels/cache.py says, in half floats or in bytes. The heads of a token
-that share a KV head are multiplied together, ROWS at a time; a prompt's tokens go over a tile in
-blocks of BLOCK.
+The cache is laid out as kernels/cache.py says, in 16 or 8 bits a number. The heads of a token that
+share a KV head are multiplied together, ROWS at a time; a prompt's tokens go over a tile in blocks
+of BLOCK.
 
 A token with n positions to look at cuts them into at most PARTS chunks of the same length, a power
 of two that n alone determines. Each chunk has a running maximum and sum (Milakov and Gimelshein,
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ondevice.kernels import cache_f16, cache_q8_0
+from ondevice.kernels import cache_i16, cache_q8_0
 from ondevice.kernels.activation import exponential, quantize_row, sigmoid
 from ondevice.kernels.cache import (
     BLOCK,
@@ -36,13 +36,12 @@ from ondevice.kernels.cache import (
     head_width,
     keep_token,
     numbers_of,
-    panel_bytes,
     set_bytes,
     take_queries,
     tile_bytes,
 )
+from ondevice.kernels.cache_i16 import I16
 from ondevice.kernels.cache_q8_0 import Q8_0
-from ondevice.kernels.dot.floats import F16
 from ondevice.kernels.layout import (
     ARGUMENTS,
     CACHE,
@@ -78,8 +77,8 @@ def partial_bytes(heads: int, size: int) -> int:
 
 
 def scratch_bytes(heads: int, kv_heads: int, size: int) -> int:
-    """Scratch that `attend` needs: a converted piece of a tile, and the sets of a block."""
-    return panel_bytes(size) + BLOCK * -(-(heads // kv_heads) // ROWS) * set_bytes(size)
+    """Scratch that `attend` needs: the sets of a block."""
+    return BLOCK * -(-(heads // kv_heads) // ROWS) * set_bytes(size)
 
 
 @operation
@@ -201,7 +200,7 @@ def attend_block(kind, op, step, task, scratch):
     ratio, own, index = heads // kv_heads, task % kv_heads, task // kv_heads
     per_token = (ratio + ROWS - 1) // ROWS
     item = bytes_of_set(width)
-    panel, sets = scratch, scratch + 4 * max(2 * GROUP * width, 32 * TILE)
+    sets = scratch
     few = word(step, COUNT) <= BLOCK
     block = 0 if few else index * BLOCK
     count = min(BLOCK, word(step, COUNT) - block)
@@ -223,7 +222,7 @@ def attend_block(kind, op, step, task, scratch):
             begin_chunk(sets + i * item, width)
         for at in range(start, end, TILE):
             tile = tile_at(kind, step, layer, kv_heads, own, at, width)
-            attend_tile(kind, panel, sets, per_token, first, count, at, chunk, size, tile, scale)
+            attend_tile(kind, sets, per_token, first, count, at, chunk, size, tile, scale)
         for t in range(count):
             positions = first + t + 1
             if chunk * chunk_length(positions) >= positions:
@@ -291,8 +290,8 @@ def attention_output(op, step, t, scratch):
 
 
 @operation
-def attention_inputs_f16(op, step, task, scratch):
-    keep_inputs(F16, op, step, task)
+def attention_inputs_i16(op, step, task, scratch):
+    keep_inputs(I16, op, step, task)
 
 
 @operation
@@ -301,8 +300,8 @@ def attention_inputs_q8_0(op, step, task, scratch):
 
 
 @operation
-def attend_f16(op, step, task, scratch):
-    attend_block(F16, op, step, task, scratch)
+def attend_i16(op, step, task, scratch):
+    attend_block(I16, op, step, task, scratch)
 
 
 @operation
@@ -324,7 +323,7 @@ class Cache:
 
 
 CACHES = {
-    "f16": Cache(attention_inputs_f16, attend_f16, cache_f16.tile_bytes),
+    "i16": Cache(attention_inputs_i16, attend_i16, cache_i16.tile_bytes),
     "q8_0": Cache(attention_inputs_q8_0, attend_q8_0, cache_q8_0.tile_bytes),
 }
 """Kinds of cache by name."""

@@ -1,9 +1,14 @@
-"""Keys and values of an attention layer, and what a product with them works on.
+"""Keys and values of an attention layer, and how a token's heads go over a tile of them.
 
 The cache of a layer holds, per KV head, tiles of TILE positions, which begin at multiples of TILE.
-What a tile looks like is its kind's business (cache_f16, cache_q8_0); both have a position in each
+What a tile looks like is its kind's business (cache_i16, cache_q8_0); both have a position in each
 lane for scores and a dimension for outputs, so that nothing is folded. `width` is the size of a
 head rounded up to a multiple of 32.
+
+Numbers are kept as integers with scales, and multiplied as integers. Queries are quantized like
+keys; so are a tile's shares, each times its value's scale, by one scale for the tile. Sums of
+products of integers are exact; only the sums over blocks of dimensions and over tiles are floats,
+and have an order.
 
 Products are made for a *set*: ROWS heads of one token that read the same KV head. It is, in f32,
 
@@ -13,9 +18,28 @@ Products are made for a *set*: ROWS heads of one token that read the same KV hea
 
 import numpy as np
 
+from ondevice.kernels.activation import exponential
 from ondevice.kernels.dot.tile import ByLayout
 from ondevice.kernels.rows import ROWS
-from ondevice.kernels.simd import f32x16, splat, store, zero
+from ondevice.kernels.simd import (
+    absolute,
+    convert,
+    f32x16,
+    first_lanes,
+    fma,
+    i32x16,
+    lane_maximum,
+    lane_sum,
+    load,
+    load_f32,
+    load_some,
+    maximum,
+    nearest,
+    splat,
+    store,
+    store_f32,
+    zero,
+)
 from quant.jit import inner
 
 TILE = 64
@@ -34,11 +58,6 @@ def head_width(size: int) -> int:
 def set_bytes(size: int) -> int:
     """Bytes of a set."""
     return 4 * (ROWS * (3 * head_width(size) + TILE) + 6 * 16)
-
-
-def panel_bytes(size: int) -> int:
-    """Room for the keys of two groups, or the values of 32 dimensions, as floats."""
-    return 4 * max(2 * GROUP * head_width(size), 32 * TILE)
 
 
 @inner
@@ -80,6 +99,42 @@ def tile_positions(position, chunk, start):
     return max(0, min(TILE, position + 1 - start))
 
 
+# ---- whole numbers ----
+
+
+@inner
+def greatest_magnitude(x, start, end, size):
+    """Of dimensions start .. end of x, which has `size`; NaN where one is not finite."""
+    greatest, spoilt = zero(f32x16), zero(f32x16)
+    for c in range(start, end, 16):
+        value = load_some(x + 4 * c, size - c)
+        greatest = maximum(greatest, absolute(value))
+        spoilt = fma(value, np.float32(0), spoilt)
+    return lane_maximum(greatest) + lane_sum(spoilt)
+
+
+@inner
+def inverse_of(scale):
+    """1 / scale; 0 where that is none, or more than a float holds."""
+    inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+    return inverse if inverse < np.float32(3e38) else np.float32(0)
+
+
+@inner
+def codes_of(x, c, size, inverse):
+    """The codes of 16 dimensions as i32x16."""
+    return convert(i32x16, nearest(load_some(x + 4 * c, size - c) * inverse))
+
+
+@inner
+def code_of(x, inverse, most):
+    """x / scale, rounded; a scale may have been rounded down, so at most +-most."""
+    scaled = x * inverse
+    if not abs(scaled) < np.float32(most):
+        return most if scaled > np.float32(0) else -most
+    return np.int64(np.rint(scaled))
+
+
 # ---- what each kind of cache defines ----
 
 
@@ -98,13 +153,118 @@ def take_queries(kind, rows, width, x, size, used):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def attend_tile(kind, panel, sets, per_token, first, count, start, chunk, size, tile, scale):
-    """Go over one tile with the sets of `count` tokens, from position `first` on.
+def score(kind, rows, width, tile, group, both, ahead):
+    """Products of ROWS queries with a group of 16 keys, or with two of them, to `shares`.
 
-    The tile begins at `start`; tokens for which it lies in another chunk do nothing.
+    Memory `ahead` bytes later is asked for, unless that is 0.
     """
     raise NotImplementedError("only inside compiled kernels")
 
 
-TILE_BYTES, KEEP_TOKEN = ByLayout(tile_bytes), ByLayout(keep_token)
-TAKE_QUERIES, ATTEND_TILE = ByLayout(take_queries), ByLayout(attend_tile)
+def value_scales(kind, tile, width, place):
+    """The scales of 16 values from `place` on, as f32x16."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def share_scale(kind, greatest, total):
+    """The scale of a row's shares, from their greatest and their sum."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def store_shares(kind, row, place, codes):
+    """Keep 16 shares of a row as whole numbers (i32x16), in the place of its first scores."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def add_values(kind, rows, width, c, count, tile, ahead):
+    """Outputs of dimensions c .. c + 31: times the factors, plus shares times values."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+TILE_BYTES, KEEP_TOKEN, TAKE_QUERIES = (
+    ByLayout(function) for function in (tile_bytes, keep_token, take_queries)
+)
+SCORE, VALUE_SCALES, SHARE_SCALE = (
+    ByLayout(function) for function in (score, value_scales, share_scale)
+)
+STORE_SHARES, ADD_VALUES = ByLayout(store_shares), ByLayout(add_values)
+
+
+# ---- a tile ----
+
+
+@inner
+def share_out(kind, rows, width, count, tile, scale):
+    """Scores of a tile to whole numbers; `greatest` becomes what one of them is worth."""
+    numbers = numbers_of(rows, width)
+    maxima, sums, factors, worth = numbers, numbers + 64, numbers + 128, numbers + 192
+    shares = rows + 12 * ROWS * width
+    for r in range(ROWS):
+        row = shares + 4 * TILE * r
+        greatest = splat(f32x16, LOWEST)
+        for p in range(0, count, 16):
+            value = first_lanes(load(f32x16, row + 4 * p) * scale, count - p, LOWEST)
+            store(row + 4 * p, value)
+            greatest = maximum(greatest, value)
+        store_f32(worth + 4 * r, lane_maximum(greatest))
+    before = load(f32x16, maxima)
+    now = maximum(load(f32x16, worth), before)
+    store(maxima, now)
+    store(factors, exponential(before - now))
+    for r in range(ROWS):
+        row = shares + 4 * TILE * r
+        top, total = load_f32(maxima + 4 * r), zero(f32x16)
+        greatest, weight = zero(f32x16), zero(f32x16)
+        for p in range(0, count, 16):
+            share = exponential(load(f32x16, row + 4 * p) - splat(f32x16, top))
+            total = total + share
+            scaled = share * value_scales(kind, tile, width, p)
+            worthy = first_lanes(scaled, count - p, np.float32(0))
+            store(row + 4 * p, worthy)
+            greatest, weight = maximum(greatest, worthy), weight + worthy
+        factor, sum_of_shares, all_weight = (
+            load_f32(factors + 4 * r),
+            lane_sum(total),
+            lane_sum(weight),
+        )
+        store_f32(sums + 4 * r, fma(load_f32(sums + 4 * r), factor, sum_of_shares))
+        one = share_scale(kind, lane_maximum(greatest), all_weight)
+        # not a number where one of them is none
+        store_f32(worth + 4 * r, one + (sum_of_shares + all_weight) * np.float32(0))
+        inverse = inverse_of(one)
+        for p in range(0, TILE, 16):
+            codes = zero(i32x16)
+            if p < count:
+                codes = convert(i32x16, nearest(load(f32x16, row + 4 * p) * inverse))
+            store_shares(kind, row, p, codes)
+
+
+@inner
+def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, scale):
+    """Go over one tile with the sets of `count` tokens, from position `first` on.
+
+    The tile begins at `start`; tokens for which it lies in another chunk do nothing.
+    """
+    width = (size + 31) // 32 * 32
+    item = bytes_of_set(width)
+    # several tokens find in the caches what the first one has read
+    ahead = tile_bytes(kind, width) if count == 1 else 0
+    for group in range(0, TILE // GROUP, 2):
+        for t in range(count):
+            left = tile_positions(first + t, chunk, start) - GROUP * group
+            if left > 0:
+                for i in range(per_token):
+                    rows = sets + (t * per_token + i) * item
+                    score(kind, rows, width, tile, group, left > GROUP, ahead)
+    for t in range(count):
+        positions = tile_positions(first + t, chunk, start)
+        if positions > 0:
+            for i in range(per_token):
+                share_out(kind, sets + (t * per_token + i) * item, width, positions, tile, scale)
+    for c in range(0, width, 32):
+        for t in range(count):
+            positions = tile_positions(first + t, chunk, start)
+            if positions > 0:
+                for i in range(per_token):
+                    rows = sets + (t * per_token + i) * item
+                    add_values(kind, rows, width, c, positions, tile, ahead)

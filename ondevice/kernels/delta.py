@@ -34,6 +34,7 @@ from ondevice.kernels.layout import (
     argument,
     word,
 )
+from ondevice.kernels.norm import squared_length
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
@@ -97,15 +98,6 @@ def convolve(op, step, task, scratch):
         for i in range(tentative):
             value = load_some(x + (count - pending - tentative + i) * x_bytes + 4 * c, left)
             store_some(journal + i * row + 4 * c, value, left)
-
-
-@inner
-def squared_length(x, size):
-    total = zero(f32x16)
-    for c in range(0, size, 16):
-        value = load_some(x + 4 * c, size - c)
-        total = fma(value, value, total)
-    return lane_sum(total)
 
 
 @inner

@@ -25,13 +25,19 @@ from quant.jit import inner
 
 
 @inner
+def squared_length(x, size):
+    """The sum of x^2 of `size` floats."""
+    total = zero(f32x16)
+    for c in range(0, size, 16):
+        value = load_some(x + 4 * c, size - c)
+        total = fma(value, value, total)
+    return lane_sum(total)
+
+
+@inner
 def inverse_root_mean_square(x, columns, epsilon):
     """1 / sqrt(mean(x^2) + epsilon) of `columns` floats."""
-    total = zero(f32x16)
-    for c in range(0, columns, 16):
-        value = load_some(x + 4 * c, columns - c)
-        total = fma(value, value, total)
-    mean = lane_sum(total) / np.float32(columns)
+    mean = squared_length(x, columns) / np.float32(columns)
     return np.float32(1.0) / np.float32(math.sqrt(mean + epsilon))
 
 

@@ -24,6 +24,7 @@ from ondevice.kernels.simd import (
     constant,
     f32x16,
     i8x64,
+    i16x32,
     i32x16,
     join,
     llvm_type,
@@ -160,6 +161,21 @@ def _dot_signed(builder: ir.IRBuilder, total: Any, x: Any, codes: Any) -> Any:
     return _dot_plain(builder, total, x, codes)
 
 
+def _dot_words(builder: ir.IRBuilder, total: Any, x: Any, codes: Any) -> Any:
+    """total + the two products of each dword of two vectors of int16."""
+    if _VNNI:
+        name = f"llvm.x86.avx512.vpdpwssd.{_VNNI}"
+        return call(builder, name, total.type, [total, x, codes])
+    if _AVX2:
+        pairs = call(builder, "llvm.x86.avx2.pmadd.wd", total.type, [x, codes])
+        return builder.add(total, pairs)
+    for i in range(2):
+        lanes = range(i, x.type.count, 2)
+        a, b = (builder.sext(shuffle_lanes(builder, v, v, lanes), total.type) for v in (x, codes))
+        total = builder.add(total, builder.mul(a, b))
+    return total
+
+
 def _in_registers(builder: ir.IRBuilder, dot: Any, operands: list[Any]) -> Any:
     """Apply a dot product to as many lanes at a time as its instruction has."""
     bits = _VNNI or (256 if _AVX2 else 128)
@@ -172,7 +188,7 @@ def _in_registers(builder: ir.IRBuilder, dot: Any, operands: list[Any]) -> Any:
     return join(builder, results)
 
 
-def _dots(dot: Any, biased: bool) -> Any:
+def _dots(dot: Any, kind: Any, biased: bool = False) -> Any:
     @intrinsic
     def dot_of_rows(typing: Any, dots: Any, x: Any, address: Any, stride: Any) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -181,22 +197,24 @@ def _dots(dot: Any, biased: bool) -> Any:
                 x = builder.xor(x, broadcast(builder, constant(I8, 128), 64))
             for row in range(ROWS):
                 four = load_from(builder, _at(builder, args[2], args[3], row), I32)
-                codes = builder.bitcast(broadcast(builder, four, 16), llvm_type(i8x64))
+                codes = builder.bitcast(broadcast(builder, four, 16), llvm_type(kind))
                 total = builder.extract_value(args[0], row)
-                operands = [total, x, codes] if dot is _dot_signed else [total, codes, x]
+                operands = [total, codes, x] if dot is _dot_unsigned else [total, x, codes]
                 total = _in_registers(builder, dot, operands)
                 result = builder.insert_value(result, total, row)
             return result
 
-        return DOTS_TYPE(DOTS_TYPE, i8x64, types.int64, types.int64), lower
+        return DOTS_TYPE(DOTS_TYPE, kind, types.int64, types.int64), lower
 
     return dot_of_rows
 
 
-dot_rows = _dots(_dot_signed, bool(_VNNI))
+dot_rows = _dots(_dot_signed, i8x64, biased=bool(_VNNI))
 """Each row's dots (from `begin_dots`) + the products of each dword of x with the row's four i8."""
-share_rows = _dots(_dot_unsigned, False)
+share_rows = _dots(_dot_unsigned, i8x64)
 """Each row's dots + the products of each dword of x (i8) with the row's four u8, up to SHARES."""
+word_rows = _dots(_dot_words, i16x32)
+"""Each row's dots + the products of each dword of x (i16) with the row's two i16."""
 
 
 @intrinsic

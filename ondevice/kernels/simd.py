@@ -396,15 +396,22 @@ def load_bfloats(typing: Any, address: Any) -> Any:
     return f32x16(types.intp), lower
 
 
-@intrinsic
-def store_bytes(typing: Any, address: Any, value: Any) -> Any:
-    """Store the 16 lanes of an i32x16 as 16 bytes; each must fit an int8."""
+def _narrow_store(kind: ir.IntType) -> Any:
+    @intrinsic
+    def narrow_store(typing: Any, address: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            store_to(builder, args[0], builder.trunc(args[1], ir.VectorType(kind, 16)))
+            return context.get_dummy_value()
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        store_to(builder, args[0], builder.trunc(args[1], ir.VectorType(I8, 16)))
-        return context.get_dummy_value()
+        return types.none(types.intp, i32x16), lower
 
-    return types.none(types.intp, i32x16), lower
+    return narrow_store
+
+
+store_bytes = _narrow_store(I8)
+"""Store the 16 lanes of an i32x16 as 16 bytes; each must fit an int8."""
+store_words = _narrow_store(I16)
+"""Store the 16 lanes of an i32x16 as 16 int16; each must fit."""
 
 
 @intrinsic

@@ -369,7 +369,7 @@ def test_a_forked_process_must_open_its_own(tiny: Model, monkeypatch: pytest.Mon
 
 def test_an_unknown_kind_of_cache(tiny_path: Path) -> None:
     message = message_of(lambda: ondevice.load(tiny_path, kv="q4_0"), UsageError)
-    assert message == "kv is 'q4_0'; it must be one of f16, q8_0"
+    assert message == "kv is 'q4_0'; it must be one of i16, q8_0"
 
 
 def test_a_cache_of_bytes(demo: Model) -> None:
@@ -381,5 +381,5 @@ def test_a_cache_of_bytes(demo: Model) -> None:
             assert (model.logits(ids, batch=batch) == logits).all()
     reference = demo.logits(ids)
     assert 0 < abs(logits - reference).max() < 0.02 * abs(reference).max()
-    sizes = [cache_bytes(demo.config, 1024, kv) for kv in ("q8_0", "f16")]
+    sizes = [cache_bytes(demo.config, 1024, kv) for kv in ("q8_0", "i16")]
     assert sizes[0] < 0.55 * sizes[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels import attention, cache, cache_f16, cache_q8_0, rows
+from ondevice.kernels import attention, cache, cache_i16, cache_q8_0, rows
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
     MACHINES,
@@ -22,6 +22,7 @@ EPSILON = 1e-6
 CONTEXT = 3 * cache.TILE
 LAYER = 1  # of two: the other one's cache must stay as it is
 HALF_ROUNDING = 2.0**-11  # of a float16
+WORD_LENGTH, WORD_VALUES, WORD_SHARES, WORD_MOST = 46000, 8191, 262000, 32767
 ROUNDING = 5e-6
 
 
@@ -36,13 +37,16 @@ def parts(tiles: Array, *lengths: int) -> list[Array]:
     return [np.ascontiguousarray(piece) for piece in pieces]
 
 
-def halves(tiles: Array, width: int) -> tuple[Array, Array]:
-    """Keys and values (kv heads, context, width) of tiles of half floats."""
+def words(tiles: Array, width: int) -> tuple[Array, Array]:
+    """Keys and values (kv heads, context, width) of tiles of 16-bit numbers."""
     heads, count, _ = tiles.shape
-    keys, values = (x.view(np.float16).astype(float) for x in parts(tiles, *[128 * width] * 2))
-    keys = keys.reshape(heads, count, 4, width, 16).transpose(0, 1, 2, 4, 3)
-    values = values.reshape(heads, count, -1, 64, 16).transpose(0, 1, 3, 2, 4)
-    return keys.reshape(heads, -1, width), values.reshape(heads, -1, width)
+    keys, key_scales, values, value_scales = parts(tiles, 128 * width, 256, 128 * width, 256)
+    keys = keys.view(np.int16).reshape(heads, count, 4, width // 2, 16, 2)
+    keys = keys.transpose(0, 1, 2, 4, 3, 5).reshape(heads, -1, width)
+    values = values.view(np.int16).reshape(heads, count, width // 16, 32, 16, 2)
+    values = values.transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, width)
+    scales = (x.view(np.float32).reshape(heads, -1, 1) for x in (key_scales, value_scales))
+    return tuple(x * scale.astype(float) for x, scale in zip((keys, values), scales, strict=True))
 
 
 def codes(tiles: Array, width: int) -> tuple[Array, Array]:
@@ -71,7 +75,7 @@ class Case:
     pairs: int
     tokens: int
     context: int = CONTEXT
-    kind: str = "f16"
+    kind: str = "i16"
 
     def __post_init__(self) -> None:
         heads, kv_heads, size = self.heads, self.kv_heads, self.size
@@ -131,7 +135,7 @@ class Case:
         own = self.cache[LAYER * self.layer_bytes :][: self.layer_bytes]
         own = own.reshape(self.kv_heads, self.context // cache.TILE, -1)
         with np.errstate(invalid="ignore"):
-            return halves(own, self.width) if self.kind == "f16" else codes(own, self.width)
+            return words(own, self.width) if self.kind == "i16" else codes(own, self.width)
 
     @property
     def width(self) -> int:
@@ -150,8 +154,7 @@ class Case:
         """Outputs from the keys and values that are in the cache, and how far off they may be."""
         query, gate = np.split(self.q.reshape(self.tokens, self.heads, -1), 2, axis=-1)
         query = self.turned(query, self.q_norm)
-        if self.kind == "q8_0":
-            query = rounded(query)
+        query = rounded(query) if self.kind == "q8_0" else rounded_to_words(query)
         keys, values = (x[:, : self.tokens, : self.size] for x in self.cached())
         out, error = np.empty((2, self.tokens, self.heads, self.size))
         later = np.triu(np.full((self.tokens, self.tokens), -np.inf), 1)
@@ -163,24 +166,29 @@ class Case:
             out[:, head] = share @ values[own] / total
             error[:, head] = self.share_error(share, values[own]) / total
         openness = 1 / (1 + np.exp(-gate.astype(np.float64)))
-        rounding = ROUNDING * (1 + abs(out))
-        if self.kind == "q8_0":
-            # a query's code may be the next one where float32 rounds to the other side of half
-            rounding = rounding + 2e-3
+        # a query's code may be the next one where float32 rounds to the other side of half
+        another_code = 2e-3 if self.kind == "q8_0" else 2e-5
+        rounding = ROUNDING * (1 + abs(out)) + another_code
         shape = (self.tokens, -1)
         return (out * openness).reshape(shape), ((error + rounding) * openness).reshape(shape)
 
     def share_error(self, share: Array, values: Array) -> Array:
         """What rounding shares (tokens, positions) to whole numbers may change in a sum."""
         error = np.zeros((self.tokens, self.size))
-        if self.kind == "q8_0":
-            for start in range(0, self.tokens, cache.TILE):
-                tile = slice(start, start + cache.TILE)
-                scales = abs(values[tile]).max(axis=1) / 127
-                step = (share[:, tile] * scales).max(axis=1, keepdims=True) / rows.SHARES
-                with np.errstate(invalid="ignore"):
-                    units = np.nan_to_num(abs(values[tile]) / scales[:, None])
-                error += step / 2 * units.sum(axis=0)
+        for start in range(0, self.tokens, cache.TILE):
+            tile = slice(start, start + cache.TILE)
+            most = 127 if self.kind == "q8_0" else WORD_VALUES
+            scales = abs(values[tile]).max(axis=1) / most
+            weight = share[:, tile] * scales
+            step = weight.max(axis=1, keepdims=True)
+            if self.kind == "q8_0":
+                step = step / rows.SHARES
+            else:
+                total = weight.sum(axis=1, keepdims=True)
+                step = np.maximum(step / WORD_MOST, total / WORD_SHARES)
+            with np.errstate(invalid="ignore"):
+                units = np.nan_to_num(abs(values[tile]) / scales[:, None])
+            error += step / 2 * units.sum(axis=0)
         return error
 
 
@@ -194,11 +202,24 @@ def rounded(query: Array) -> Array:
     return kept.reshape(padded.shape)[:, :, : query.shape[2]]
 
 
+def word_scale(vectors: Array) -> Array:
+    """(..., 1): what one of a query's or key's 16-bit codes stands for."""
+    length = np.sqrt((vectors * vectors).sum(axis=-1, keepdims=True))
+    greatest = abs(vectors).max(axis=-1, keepdims=True)
+    return np.maximum(length / WORD_LENGTH, greatest / WORD_MOST)
+
+
+def rounded_to_words(query: Array) -> Array:
+    """A query (tokens, heads, size) in 16 bits a number."""
+    scale = word_scale(query)
+    return np.rint(query / scale) * scale
+
+
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "pairs"),
     [(4, 2, 32, 4), (3, 1, 24, 3), (2, 2, 16, 8), (5, 5, 7, 1), (8, 1, 40, 0), (18, 2, 64, 32)],
 )
-KINDS = pytest.mark.parametrize("kind", ["f16", "q8_0"])
+KINDS = pytest.mark.parametrize("kind", ["i16", "q8_0"])
 
 
 @KINDS
@@ -217,7 +238,9 @@ def test_attention(
         (keys, values), (wanted, case.v.reshape(tokens, kv_heads, size)), lengths, strict=True
     ):
         vectors = vectors.transpose(1, 0, 2)
-        allowed = 1.001 * HALF_ROUNDING * abs(vectors) + 1e-6
+        greatest = abs(vectors).max(axis=-1, keepdims=True)
+        step = word_scale(vectors) if cached is keys else greatest / WORD_VALUES
+        allowed = 0.505 * step + 1e-6 * greatest
         if kind == "q8_0":
             padded = np.pad(abs(vectors), [(0, 0), (0, 0), (0, case.width - size)])
             greatest = padded.reshape(kv_heads, tokens, -1, length).max(axis=-1)
@@ -280,9 +303,9 @@ def test_scores_far_apart() -> None:
 
 def test_sizes() -> None:
     assert [cache.head_width(size) for size in (1, 32, 33, 256)] == [32, 32, 64, 256]
-    assert cache_f16.tile_bytes(None, 256) == 64 * 2 * 256 * 2
+    assert cache_i16.tile_bytes(None, 256) == 64 * 2 * (256 * 2 + 4)
     assert cache_q8_0.tile_bytes(None, 256) == 64 * (256 + 8 * 2 + 256 + 2)
-    assert attention.CACHES["f16"].bytes(2, 256, 64) == 2 * 2 * 64 * 256 * 2
+    assert attention.CACHES["i16"].bytes(2, 256, 64) == 2 * 2 * 64 * (256 * 2 + 4)
     assert attention.CACHES["q8_0"].bytes(2, 256, 64) == 2 * 64 * (256 + 8 * 2 + 256 + 2)
 
 
