@@ -1,6 +1,7 @@
 """Guessing ahead changes no token and no bit of a state, whatever is guessed and taken back."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import convert
 import ondevice
 from ondevice import generate
 from ondevice.generate import Completion
-from ondevice.kernels import ahead, delta
+from ondevice.kernels import ahead, delta, layout
+from ondevice.kernels.cache import TILE
 from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.speculate import Prediction, head_cache_bytes, random_hook, ring_bytes
 from ondevice.state import Snapshot, State
 from quant.errors import Error, UsageError
 from tests.ondevice.gguf_builder import Shape, tiny_model
+from tests.ondevice.meanwhile import interrupt_main, meanwhile
 from tools.random_checkpoint import Shape as CheckpointShape
 from tools.random_checkpoint import write_checkpoint
 
@@ -226,6 +229,64 @@ def test_cancelled_among_guesses(predicting: Model, monkeypatch: pytest.MonkeyPa
     model.ahead.record[ahead.TRUTH] = 0
     model.ahead.depth.fixed = None
     del kept
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("way", ["cancel", "interrupt"])
+@pytest.mark.parametrize("mtp_layers", [1, 0])
+def test_stopped_at_any_moment_among_guesses(
+    mtp_layers: int, way: str, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a burst, by another thread or Ctrl-C: state and rest are as if unguessed."""
+    monkeypatch.setattr(generate, "LONGEST_BURST", sys.maxsize)
+    monkeypatch.setattr(generate, "BURST_SECONDS", 1e9)
+    path = tiny_model(tmp_path / "m.gguf", shape=Shape(context_length=4096, mtp_layers=mtp_layers))
+    moments, among = np.random.default_rng(depth).integers(1, 1500, 12).tolist(), 0
+    with ondevice.load(path, threads=2) as model:
+        model.ends[:] = 0
+        assert model.ahead is not None
+        prompt = prompts(1)[0]
+        plain = at_depth(model, 0, prompt, GREEDY, None).tokens
+        whole = [*prompt, *plain]
+        settle = model.settle
+
+        def noted(state: State) -> None:
+            nonlocal among
+            among += state.pending > 0
+            settle(state)
+
+        monkeypatch.setattr(model, "settle", noted)
+        kept = random_hook(model, whole, 0.7)
+        for moment in moments:
+            model.ahead.depth.fixed = depth
+            answer = model.complete(prompt, GREEDY)
+            length = answer._step[layout.HISTORY_LENGTH :]
+            act = answer.cancel if way == "cancel" else interrupt_main
+            with meanwhile(lambda length=length, at=moment: length[0] > at, act):  # type: ignore[misc]
+                if way == "cancel":
+                    list(answer.ids())
+                else:
+                    with pytest.raises(KeyboardInterrupt):
+                        list(answer.ids())
+            made, state = answer.tokens, answer._state
+            assert 0 < len(made) < len(plain) and made == plain[: len(made)]
+            assert (state.position, state.pending) == (len(prompt) + len(made) - 1, 0)
+            model.ahead.depth.fixed = 0
+            fresh = State(model.config, model.context)
+            list(Completion(model, fresh, whole[: state.position], GREEDY, 1).ids())
+            assert fresh.position == state.position
+            assert np.array_equal(fresh.memory, state.memory)
+            full = state.position // TILE
+            assert np.array_equal(fresh.tiles[:, :full], state.tiles[:, :full])
+            for guesses in (0, depth):
+                model.ahead.depth.fixed = guesses
+                before = state.snapshot()
+                ahead_of = whole[: len(prompt) + len(made)]
+                rest = list(Completion(model, state, ahead_of, GREEDY, 20).ids())
+                assert rest == plain[len(made) : len(made) + 20]
+                state.restore(before)
+        del kept
+    assert among > 0
 
 
 def test_a_session_is_the_same(predicting: Model) -> None:
