@@ -14,6 +14,7 @@ from ondevice import generate
 from ondevice.generate import Completion
 from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.cache import TILE
+from ondevice.kernels.team import Team
 from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.speculate import Prediction, head_cache_bytes, random_hook, ring_bytes
@@ -443,6 +444,22 @@ def test_taking_back_is_bounded(predicting: Model) -> None:
     state.take_back(2)
     assert (state.position, state.pending) == (1, 0)
     state.settle()
+
+
+def test_taking_back_runs_nothing_and_moves_nothing(
+    predicting: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it costs no time at any size; `benchmarks/taking_back.py` measures it at 48 layers."""
+    state = State(predicting.config, 64)
+    predicting.look_ahead(state, [1, 2, 3, 4, 5])
+    memory, cache = state.memory.copy(), state.cache.copy()
+    with monkeypatch.context() as patched:
+        patched.delattr(Team, "run")
+        state.take_back(4)
+    assert (state.position, state.pending) == (1, 0)
+    assert np.array_equal(state.memory, memory) and np.array_equal(state.cache, cache)
+    rest = predicting.look_ahead(state, [6])
+    assert np.array_equal(rest[0], predicting.logits([1, 6])[1])
 
 
 def test_the_journal_is_small_at_full_size() -> None:
