@@ -152,6 +152,28 @@ def open_session(
     return session
 
 
+def go_on_as(session: "Session", name: str) -> None:
+    """Record a session under a new name from here on; what it was recorded under stays as it is.
+
+    UsageError if there is a session of that name. Where nothing can be written a warning says so,
+    and all stays as it is.
+    """
+    folder = sessions_folder() / checked_name(name)
+    session._settle()
+    lock = _locked(folder, name)
+    if lock is None:
+        return
+    path = folder / "journal"
+    if path.exists():
+        lock.release()
+        raise UsageError(f"there is a session {name!r} already")
+    if session.journal is not None:
+        session.journal.close(session)
+    session.journal = Journal(name, path, lock, StateFolder(folder / "state", session.model))
+    session.journal.begin(session, 0)
+    session.journal.reached(session)
+
+
 def _locked(folder: Path, name: str) -> FileLock | None:
     """The lock of a session's folder; None, with a warning, where nothing can be written."""
     try:

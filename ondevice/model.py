@@ -44,7 +44,7 @@ from ondevice.sampling import Sampling
 from ondevice.snapshots import LEAST_MEMORY, Snapshots
 from ondevice.speculate import MODES, Ahead, remember
 from ondevice.speculate import state_bytes as ahead_bytes
-from ondevice.state import State, cache_bytes
+from ondevice.state import Snapshot, State, cache_bytes
 from ondevice.state import memory_bytes as state_bytes
 from ondevice.tokenizer import Tokenizer
 from ondevice.weights import Weights
@@ -148,6 +148,7 @@ class Model:
         self._lock = threading.Lock()
         self.prompt_cache = PromptCache(self) if prompt_cache else None
         """Beginnings of prompts that were read before; None where none are kept."""
+        self._copy: Array | None = None
         self._asked = False  # whether there was a request already
         self._looked = 0.0  # when the system was last asked for free memory
         if self._pool is not None:
@@ -393,10 +394,11 @@ class Model:
 
         False if that was aborted; the state is then unchanged. `profile` as in `Team.run`.
         """
-        before = state.snapshot()
+        state.settle()
         start, count = state.position, len(tokens)
-        try:
-            with self._alone() as team:
+        with self._alone() as team:
+            before = self._copied(state)
+            try:
                 self._follow_trunk(team, state, step)
                 self._begin(state, step, count)
                 step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
@@ -405,13 +407,19 @@ class Model:
                 if not aborted:
                     state.position += count
                     self._keep_hidden(team, state, step, start)
-        except BaseException:
-            state.restore(before)
-            raise
-        if aborted:
-            state.restore(before)
-            return False
-        return True
+            except BaseException:
+                state.restore(before)
+                raise
+            if aborted:
+                state.restore(before)
+            return not aborted
+
+    def _copied(self, state: State) -> Snapshot:
+        """A copy of a state's memory until the next one is made: new memory costs more than it."""
+        if self._copy is None:
+            self._copy = np.empty_like(state.memory)
+        self._copy[:] = state.memory
+        return Snapshot(self._copy, state.position)
 
     def _keep_hidden(self, team: Team, state: State, step: Array, start: int) -> None:
         """Let the multi-token-prediction block have the batch that began at `start`."""

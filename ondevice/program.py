@@ -5,7 +5,9 @@ returns the buffer that it will write. Running it (kernels.team) costs no Python
 row for each token of a batch; a name asked for again, by the next layer, is the same memory.
 """
 
+import mmap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -31,6 +33,9 @@ from ondevice.weights import Matrix
 from quant.format import Array
 
 LINE = 64
+OWN_PAGES = 128 << 10
+HUGE_PAGES = 4 << 20
+"""Bytes from which on memory is asked for in pages of its own; in huge ones, as NumPy does."""
 FEWEST_PANELS, MOST_PANELS = 3, 15
 """Panels of weight rows in a task: long enough streams of memory, and small enough for caches."""
 TASKS_PER_THREAD = 24
@@ -38,10 +43,28 @@ TASKS_PER_THREAD = 24
 
 
 def zeros(nbytes: int) -> Array:
-    """Zeroed bytes that begin on a cache line, with one line to spare."""
-    storage = np.zeros(nbytes + 2 * LINE, np.uint8)
+    """Zeroed bytes that begin on a cache line, with one line to spare.
+
+    Large ones are pages of their own, which take memory as they are filled and give it back when
+    the array goes. The C library's heap does neither once it has seen an array of that size freed.
+    """
+    storage = _pages(nbytes + 2 * LINE)
     skip = -storage.ctypes.data % LINE
     return storage[skip : skip + nbytes + LINE]
+
+
+def _pages(nbytes: int) -> Array:
+    """Zeroed bytes, from the system itself where they are many and it has a call for that."""
+    if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.zeros(nbytes, np.uint8)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(nbytes) from error
+    if nbytes >= HUGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from ondevice.locks import FileLock
 from ondevice.state import Snapshot, State
 from quant.folders import cache_root, private_folder
@@ -92,17 +94,22 @@ class Snapshots:
             self._sweep()
             key = next(self._keys)
             copy = Copy(self, state.position, key)
+            state.settle()
             if nbytes <= self.memory_budget:
+                memory = None
                 for older in list(self._slots.values()):
                     if self.memory_bytes + nbytes <= self.memory_budget:
                         break
                     if older.memory is not None:
-                        self._spill(older)
-                slot = _Slot(state.snapshot().memory, nbytes)
+                        memory = self._spill(older)
+                # memory that is new costs more than the copy
+                if memory is None or memory.nbytes != nbytes:
+                    memory = np.empty_like(state.memory)
+                memory[:] = state.memory
+                slot = _Slot(memory, nbytes)
                 self.memory_bytes += nbytes
             else:
                 slot = _Slot(None, nbytes)
-                state.settle()
                 if not self._write(slot, state.memory):
                     return None
             self._slots[key] = slot
@@ -160,7 +167,8 @@ class Snapshots:
             with suppress(OSError):
                 slot.path.unlink()
 
-    def _spill(self, slot: _Slot) -> None:
+    def _spill(self, slot: _Slot) -> Array:
+        """Move a copy to disk; the memory that it had."""
         memory, slot.memory = slot.memory, None
         assert memory is not None
         self.memory_bytes -= slot.nbytes
@@ -168,6 +176,7 @@ class Snapshots:
             for key, other in list(self._slots.items()):
                 if other is slot:
                     self._drop(key)
+        return memory
 
     def _write(self, slot: _Slot, memory: Array) -> bool:
         folder = self._made_folder()

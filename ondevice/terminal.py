@@ -29,8 +29,11 @@ HELP = {
     "/help": "show this",
     "/exit": "leave, as Ctrl-D does",
     "/clear": "forget the conversation, keep the system prompt",
-    "/regen": "answer the last message again",
+    "/turns": "list your messages by number",
+    "/regen #N": "answer message N again, by default the last, and forget what came after it",
+    "/edit #N TEXT": "answer TEXT in place of message N; without TEXT type at what was there",
     "/undo": "take back the last message and its answer",
+    "/branch NAME": "go on as the session NAME; the one so far stays as it is",
     "/trim N": "drop the N oldest turns; without N until half the context is free",
     "/save FILE": "write the conversation and the model's state to a file",
     "/stats": "show tokens and speed of the last answer",
@@ -94,12 +97,17 @@ class Chat:
         self.session = session
         self.write = write
         self.stats = stats
+        self.draft = ""
+        """What the next line should begin with."""
         self.commands: dict[str, Callable[[str], bool | None]] = {
             "/help": self.help,
             "/exit": lambda _: True,
             "/clear": self.clear,
-            "/regen": lambda _: self.answer(self.session.regenerate),
+            "/turns": self.turns,
+            "/regen": self.regenerate,
+            "/edit": self.edit,
             "/undo": self.undo,
+            "/branch": self.branch,
             "/trim": self.trim,
             "/save": self.save,
             "/stats": self.show_stats,
@@ -109,6 +117,7 @@ class Chat:
 
     def turn(self, typed: str) -> bool:
         """Send one message or obey one command; True when the conversation is to end."""
+        self.draft = ""
         if not typed.strip():
             return False
         try:
@@ -152,6 +161,49 @@ class Chat:
     def clear(self, _: str) -> None:
         self.session.clear()
         self.write("The conversation is forgotten.\n")
+
+    def turns(self, _: str) -> None:
+        for number, text in enumerate(self._texts(), start=1):
+            self.write(f"#{number:<3} {printable(_shortened(text))}\n")
+
+    def regenerate(self, rest: str) -> None:
+        index, rest = self._numbered(rest)
+        if rest:
+            raise UsageError(f"/regen needs a number like #2, not {rest!r}")
+        self.answer(lambda: self.session.regenerate(index))
+
+    def edit(self, rest: str) -> None:
+        index, text = self._numbered(rest)
+        if text:
+            self.answer(lambda: self.session.edit(index, unfold(text)))
+        else:
+            self.draft = f"/edit #{index + 1} {printable(self._texts()[index])}"
+
+    def _texts(self) -> list[str]:
+        """The messages of the user."""
+        return [m["content"] for m in self.session.messages if m["role"] == "user"]
+
+    def _numbered(self, rest: str) -> tuple[int, str]:
+        """Which turn is meant, from 0, the last where no #N says so, and what follows that."""
+        count = len(self._texts())
+        found = re.match(r"#(\d{1,9})(?:\s+|$)", rest)
+        number = int(found[1]) if found else count
+        if not count:
+            raise UsageError("there is no message yet")
+        if not 1 <= number <= count:
+            raise UsageError(f"there is no message #{number}; /turns lists them")
+        return number - 1, rest[found.end() :] if found else rest
+
+    def branch(self, name: str) -> None:
+        from ondevice.journal import go_on_as
+
+        if not name:
+            raise UsageError("/branch needs the name of a new session")
+        before = self.session.journal
+        go_on_as(self.session, name)
+        if self.session.journal is not before:
+            self.write(f"This is session {name} now")
+            self.write(f"; {before.name} is as it was.\n" if before else ".\n")
 
     def undo(self, _: str) -> None:
         self.write(f"Taken back: {printable(_shortened(self.session.undo()))}\n")
@@ -264,7 +316,7 @@ def interactive(session: "Session", stats: bool) -> None:
     write("/help lists the commands, Ctrl-D leaves.\n")
     while True:
         try:
-            if chat.turn(prompt.prompt(">>> ")):
+            if chat.turn(prompt.prompt(">>> ", default=chat.draft)):
                 return
         except KeyboardInterrupt:
             write("Ctrl-D or /exit leaves.\n")

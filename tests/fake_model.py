@@ -62,15 +62,22 @@ class FakeSession:
         self.last: FakeCompletion | None = None
         self.cancelled = self.closed = False
         self.saved = ""
+        self.journal: SimpleNamespace | None = None
 
     def send(self, text: str) -> FakeCompletion:
         self.messages.append({"role": "user", "content": text})
         self.last = self.model.next_answer(len(text))
         return self.last
 
-    def regenerate(self) -> FakeCompletion:
+    def edit(self, turn: int, text: str) -> FakeCompletion:
+        del self.messages[turn:]
+        return self.send(text)
+
+    def regenerate(self, turn: int | None = None) -> FakeCompletion:
         if not self.messages:
             raise UsageError("there is nothing to answer again")
+        if turn is not None:
+            del self.messages[turn + 1 :]
         self.last = self.model.next_answer(0)
         return self.last
 

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
@@ -14,8 +15,8 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from ondevice import terminal
-from quant.errors import Error, ResourceError
+from ondevice import journal, terminal
+from quant.errors import Error, ResourceError, UsageError
 from tests.fake_model import FakeCompletion, FakeModel, FakeSession
 
 Run = Callable[..., Result]
@@ -83,6 +84,65 @@ def test_regen_and_clear() -> None:
     assert screen.turn("/regen") == "two\n"
     screen.turn("/clear")
     assert screen.session.messages == []
+
+
+def said(screen: Screen) -> list[str]:
+    return [message["content"] for message in screen.session.messages]
+
+
+def test_earlier_messages_by_number() -> None:
+    screen = Screen()
+    for command in ("/regen", "/regen #1", "/edit", "/edit again"):
+        assert screen.turn(command) == "error: there is no message yet\n"
+    assert screen.turn("/turns") == ""
+    for text in ("one", "two\nlines", "three"):
+        screen.model.enqueue("ok")
+        screen.turn(text)
+    assert screen.turn("/turns") == "#1   one\n#2   two lines\n#3   three\n"
+    for command in ("/regen #4", "/edit #0 x"):
+        shown = screen.turn(command)
+        assert shown == f"error: there is no message {command.split()[1]}; /turns lists them\n"
+    assert screen.turn("/regen 2") == "error: /regen needs a number like #2, not '2'\n"
+    assert said(screen) == ["one", "two\nlines", "three"]
+    for command, answer, left in (
+        ("/edit drei\nvier", "new", ["one", "two\nlines", "drei\nvier"]),
+        ("/edit #2 zwei", "newer", ["one", "zwei"]),
+        ("/edit #2\n7 eggs", "eggs", ["one", "7 eggs"]),
+        ("/regen", "again", ["one", "7 eggs"]),
+        ("/regen #1", "first", ["one"]),
+        ("/edit #2nd", "no number", ["#2nd"]),
+    ):
+        screen.model.enqueue(answer)
+        assert screen.turn(command) == answer + "\n"
+        assert said(screen) == left
+
+
+def test_an_edit_without_text_offers_what_was_there() -> None:
+    screen = Screen()
+    for text in ("one\x1b", "two\nlines"):
+        screen.model.enqueue("ok")
+        screen.turn(text)
+    assert screen.turn("/edit") == ""
+    assert screen.chat.draft == "/edit #2 two\nlines"
+    screen.turn("/edit #1")
+    assert screen.chat.draft == "/edit #1 one\ufffd"
+    screen.turn("/turns")
+    assert screen.chat.draft == ""
+
+
+def test_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+
+    def go_on_as(session: FakeSession, name: str) -> None:
+        if name == "one":
+            raise UsageError("there is a session 'one' already")
+        session.journal = SimpleNamespace(name=name)
+
+    monkeypatch.setattr(journal, "go_on_as", go_on_as)
+    assert screen.turn("/branch") == "error: /branch needs the name of a new session\n"
+    assert screen.turn("/branch one") == "error: there is a session 'one' already\n"
+    assert screen.turn("/branch two") == "This is session two now.\n"
+    assert screen.turn("/branch 3 b") == "This is session 3 b now; two is as it was.\n"
 
 
 def test_undo_trim_and_save() -> None:
@@ -275,6 +335,11 @@ def converse(keyboard: PipeInput, keys: str, answers: int) -> FakeSession:
 )
 def test_keys(keyboard: PipeInput, keys: str, message: str) -> None:
     assert converse(keyboard, keys, 1).messages == [{"role": "user", "content": message}]
+
+
+def test_an_edit_begins_with_the_old_message(keyboard: PipeInput) -> None:
+    session = converse(keyboard, "one\rtwo\r/edit #1\r\x7fce\r", answers=3)
+    assert [message["content"] for message in session.messages] == ["once"]
 
 
 def test_ctrl_c_at_the_empty_prompt_says_how_to_leave(

@@ -1,8 +1,10 @@
 """Sessions with names: what a killed process leaves is whole, and goes on where it was."""
 
+import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from itertools import islice
@@ -14,7 +16,7 @@ import pytest
 import ondevice
 from ondevice import generate, journal
 from ondevice.generate import Completion
-from ondevice.journal import model_of, names, open_session
+from ondevice.journal import go_on_as, model_of, names, open_session
 from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.session import Session
@@ -136,6 +138,59 @@ def test_options_and_system_replace_what_was(endless: Model) -> None:
     assert session.system == "Be kind."
     assert (session.sampling.top_k, session.sampling.temperature) == (3, 0.0)
     session.close()
+
+
+def test_a_session_goes_on_under_another_name(endless: Model) -> None:
+    session = open_session(endless, "one", "Be brief.", GREEDY)
+    take(session.send("Hello"))
+    take(session.send("word " * 300))
+    left = session.messages
+    tokens = list(session._tokens)
+    go_on_as(session, "two")
+    assert session.journal is not None and session.journal.name == "two"
+    old = open_session(endless, "one", must_exist=True)  # nobody holds it any more
+    assert (old.messages, old._tokens) == (left, tokens)
+    take(session.send("Why?"))
+    session.close()
+    new = open_session(endless, "two", must_exist=True)
+    assert_as_before(new, session)
+    assert new.position == session.position
+    assert new.messages[:4] == left and new.turns == 3
+    assert (old.turns, open_turns("one", endless, old)) == (2, 2)
+    for back in (new, old):
+        assert_fresh(back)
+    with pytest.raises(UsageError, match="there is a session 'one' already"):
+        go_on_as(new, "one")
+    with pytest.raises(ResourceError, match="session 'two' is open"):
+        go_on_as(new, "two")
+    with pytest.raises(UsageError, match="the session's name is 'a/b'"):
+        go_on_as(new, "a/b")
+    assert new.journal is not None and new.journal.name == "two"
+    new.close()
+
+
+def open_turns(name: str, model: Model, session: Session) -> int:
+    """How many turns a session has on disk."""
+    session.close()
+    again = open_session(model, name)
+    again.close()
+    return again.turns
+
+
+def test_a_conversation_without_a_name_gets_one(endless: Model) -> None:
+    session = endless.session(sampling=GREEDY)
+    answer = session.send("word " * 300)
+    take(answer)  # it has not ended yet
+    go_on_as(session, "one")
+    assert session.journal is not None
+    begun = session.position
+    take(session.send("And?"))
+    session.close()
+    again = open_session(endless, "one", must_exist=True)
+    assert_as_before(again, session)
+    assert again.turns == 2 and again.position == session.position > begun > 900
+    assert_fresh(again)
+    again.close()
 
 
 # ---- damage ----
@@ -351,6 +406,80 @@ def test_killed_at_any_moment(endless: Model, tmp_path: Path, own_cache: Path) -
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_a_hundred_moments(endless: Model, own_cache: Path) -> None:
     kill_and_open(endless, own_cache, 100)
+
+
+CHAT = """
+import sys
+import ondevice
+from ondevice import journal, terminal
+from pathlib import Path
+
+folder, path, name, guesses = sys.argv[1:]
+journal.cache_root = lambda: Path(folder)
+model = ondevice.load(path, threads=2)
+model.ends[:] = 0
+model.ends[::50] = 1  # answers of some 50 tokens
+model.ahead.depth.fixed = int(guesses)
+sampling = ondevice.Sampling(temperature=100.0, top_k=0, top_p=1.0)
+session = journal.open_session(model, name, sampling=sampling)
+print("open", file=sys.stderr, flush=True)
+terminal.piped(session, iter(lambda: "abc abc", None), sys.stdout, None)
+"""
+
+
+def kill_a_chat(model: Model, folder: Path, moments: int) -> tuple[int, int, int]:
+    """Whatever a killed chat has printed is in its session, to the last character.
+
+    Answers printed in all, those that a kill cut, and the most characters that were kept unseen.
+    """
+    chance, unseen, whole, cut = random.Random(moments), [], 0, 0
+    for moment in range(moments):
+        name, guesses = f"chat {moment}", str(moment % 3)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHAT, str(folder), str(model.path), name, guesses],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        )
+        assert child.stdout is not None and child.stderr is not None
+        line = child.stderr.readline()
+        assert line == b"open\n", line
+        printed: list[bytes] = []
+        reader = threading.Thread(target=lambda out=child.stdout, to=printed: to.append(out.read()))  # type: ignore[misc]
+        reader.start()  # so that a full pipe does not hold up the chat
+        time.sleep(chance.random() * 0.3)
+        child.kill()
+        reader.join()
+        child.wait()
+        child.stdout.close()
+        child.stderr.close()
+        session = open_session(model, name, must_exist=True)
+        answers = [m["content"] for m in session.messages if m["role"] == "assistant"]
+        kept = "".join(answer + "\n" for answer in answers)
+        shown = printed[0].decode(errors="ignore")  # a write may be cut within a character
+        assert kept.startswith(shown)
+        assert_fresh(session)
+        session.close()
+        whole += shown.count("\n")
+        cut += shown[-1:] not in ("", "\n")
+        unseen.append(len(kept) - len(shown))
+    return whole, cut, max(unseen)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_what_a_killed_chat_printed_is_kept(endless: Model, own_cache: Path) -> None:
+    answers, cut, _ = kill_a_chat(endless, own_cache, 8)
+    assert answers and cut
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_what_a_chat_killed_at_a_hundred_moments_printed_is_kept(
+    endless: Model, own_cache: Path
+) -> None:
+    answers, cut, _ = kill_a_chat(endless, own_cache, 100)
+    assert answers > 300 and cut > 30
 
 
 def test_one_process_at_a_time(endless: Model, own_cache: Path) -> None:

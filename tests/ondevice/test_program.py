@@ -1,6 +1,8 @@
 """The memory of a program: cache lines of its own, shared where a name is asked for again."""
 
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,15 +10,45 @@ import pytest
 from ondevice.kernels import layout
 from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.operation import CompiledFunction
-from ondevice.program import FEWEST_PANELS, LINE, MOST_PANELS, Program, float_bits, zeros
+from ondevice.program import (
+    FEWEST_PANELS,
+    HUGE_PAGES,
+    LINE,
+    MOST_PANELS,
+    OWN_PAGES,
+    Program,
+    float_bits,
+    zeros,
+)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 64, 1000])
+@pytest.mark.parametrize("nbytes", [0, 1, 64, 1000, OWN_PAGES, HUGE_PAGES])
 def test_memory_begins_on_a_cache_line(nbytes: int) -> None:
     memory = zeros(nbytes)
     assert memory.ctypes.data % LINE == 0
     assert memory.nbytes >= nbytes + LINE
     assert not memory.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_memory_is_taken_when_filled_and_given_back() -> None:
+    """Also after the C library has seen arrays of that size freed, and keeps such in its heap."""
+
+    def held() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    nbytes = 3 << 20
+    for _ in range(3):
+        np.ones(nbytes + (1 << 20), np.uint8)
+    before = held()
+    taken = [zeros(nbytes) for _ in range(16)]
+    assert held() - before < nbytes
+    for memory in taken:
+        memory[:] = 1
+    assert held() - before > 15 * nbytes
+    del memory, taken[:-1]  # the last one must not hold the others
+    assert held() - before < 2 * nbytes
 
 
 def test_a_name_is_one_buffer() -> None:

@@ -1,6 +1,7 @@
 """Guessing ahead changes no token and no bit of a state, whatever is guessed and taken back."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import convert
 import ondevice
 from ondevice import generate
 from ondevice.generate import Completion
-from ondevice.kernels import ahead, delta
+from ondevice.kernels import ahead, delta, layout
+from ondevice.kernels.cache import TILE
+from ondevice.kernels.team import Team
 from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.speculate import Prediction, head_cache_bytes, random_hook, ring_bytes
 from ondevice.state import Snapshot, State
 from quant.errors import Error, UsageError
 from tests.ondevice.gguf_builder import Shape, tiny_model
+from tests.ondevice.meanwhile import interrupt_main, meanwhile
 from tools.random_checkpoint import Shape as CheckpointShape
 from tools.random_checkpoint import write_checkpoint
 
@@ -228,6 +232,64 @@ def test_cancelled_among_guesses(predicting: Model, monkeypatch: pytest.MonkeyPa
     del kept
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("way", ["cancel", "interrupt"])
+@pytest.mark.parametrize("mtp_layers", [1, 0])
+def test_stopped_at_any_moment_among_guesses(
+    mtp_layers: int, way: str, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a burst, by another thread or Ctrl-C: state and rest are as if unguessed."""
+    monkeypatch.setattr(generate, "LONGEST_BURST", sys.maxsize)
+    monkeypatch.setattr(generate, "BURST_SECONDS", 1e9)
+    path = tiny_model(tmp_path / "m.gguf", shape=Shape(context_length=4096, mtp_layers=mtp_layers))
+    moments, among = np.random.default_rng(depth).integers(1, 1500, 12).tolist(), 0
+    with ondevice.load(path, threads=2) as model:
+        model.ends[:] = 0
+        assert model.ahead is not None
+        prompt = prompts(1)[0]
+        plain = at_depth(model, 0, prompt, GREEDY, None).tokens
+        whole = [*prompt, *plain]
+        settle = model.settle
+
+        def noted(state: State) -> None:
+            nonlocal among
+            among += state.pending > 0
+            settle(state)
+
+        monkeypatch.setattr(model, "settle", noted)
+        kept = random_hook(model, whole, 0.7)
+        for moment in moments:
+            model.ahead.depth.fixed = depth
+            answer = model.complete(prompt, GREEDY)
+            length = answer._step[layout.HISTORY_LENGTH :]
+            act = answer.cancel if way == "cancel" else interrupt_main
+            with meanwhile(lambda length=length, at=moment: length[0] > at, act):  # type: ignore[misc]
+                if way == "cancel":
+                    list(answer.ids())
+                else:
+                    with pytest.raises(KeyboardInterrupt):
+                        list(answer.ids())
+            made, state = answer.tokens, answer._state
+            assert 0 < len(made) < len(plain) and made == plain[: len(made)]
+            assert (state.position, state.pending) == (len(prompt) + len(made) - 1, 0)
+            model.ahead.depth.fixed = 0
+            fresh = State(model.config, model.context)
+            list(Completion(model, fresh, whole[: state.position], GREEDY, 1).ids())
+            assert fresh.position == state.position
+            assert np.array_equal(fresh.memory, state.memory)
+            full = state.position // TILE
+            assert np.array_equal(fresh.tiles[:, :full], state.tiles[:, :full])
+            for guesses in (0, depth):
+                model.ahead.depth.fixed = guesses
+                before = state.snapshot()
+                ahead_of = whole[: len(prompt) + len(made)]
+                rest = list(Completion(model, state, ahead_of, GREEDY, 20).ids())
+                assert rest == plain[len(made) : len(made) + 20]
+                state.restore(before)
+        del kept
+    assert among > 0
+
+
 def test_a_session_is_the_same(predicting: Model) -> None:
     assert predicting.ahead is not None
     answers = []
@@ -382,6 +444,22 @@ def test_taking_back_is_bounded(predicting: Model) -> None:
     state.take_back(2)
     assert (state.position, state.pending) == (1, 0)
     state.settle()
+
+
+def test_taking_back_runs_nothing_and_moves_nothing(
+    predicting: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it costs no time at any size; `benchmarks/taking_back.py` measures it at 48 layers."""
+    state = State(predicting.config, 64)
+    predicting.look_ahead(state, [1, 2, 3, 4, 5])
+    memory, cache = state.memory.copy(), state.cache.copy()
+    with monkeypatch.context() as patched:
+        patched.delattr(Team, "run")
+        state.take_back(4)
+    assert (state.position, state.pending) == (1, 0)
+    assert np.array_equal(state.memory, memory) and np.array_equal(state.cache, cache)
+    rest = predicting.look_ahead(state, [6])
+    assert np.array_equal(rest[0], predicting.logits([1, 6])[1])
 
 
 def test_the_journal_is_small_at_full_size() -> None:
