@@ -32,9 +32,18 @@ from quant.format import Array
 BUCKETS = 64
 ENOUGH = 20_000
 """Uses from which on what was noted is better than what was published."""
-PUBLISHED = ((0.0, 0.0), (0.0625, 0.538), (0.125, 0.67), (0.25, 0.81), (1.0, 1.0))
+PUBLISHED = (
+    (0.0, 0.0),
+    (0.03125, 0.406),
+    (0.0625, 0.538),
+    (0.125, 0.67),
+    (0.25, 0.81),
+    (1.0, 1.0),
+)
 """Share of the experts that a pool holds, share of uses that find theirs: traces of a model of 512
-experts and 10 used, as llama.cpp's pull request 27861 and colibri's notes report them."""
+experts and 10 used, as llama.cpp's pull request 27861 and colibri's notes report them. That
+of 1/32 is not theirs: it goes on as they do, who lose 0.13 when the share is halved."""
+BY_TRACES = "by published traces"
 FADING = 0.5
 """What earlier runs' uses count for, beside those of the last one."""
 LARGEST = 64 << 20
@@ -68,7 +77,7 @@ class Usage:
     def source(self) -> str:
         """Where `hit_rate` comes from."""
         known = self.ended.sum() >= ENOUGH
-        return "by this model's last runs" if known else "by published traces"
+        return "by this model's last runs" if known else BY_TRACES
 
     def hit_rate(self, experts: int, uses_per_token: int) -> float:
         """Of the uses, those that find their expert in a pool of so many."""
