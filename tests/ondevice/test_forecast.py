@@ -3,7 +3,7 @@
 import pytest
 
 from ondevice.budget import plan
-from ondevice.forecast import COMPUTING, forecast, what_limits
+from ondevice.forecast import BESIDE, COMPUTING, OVERLAP, WRONG, forecast, what_limits
 from tests.ondevice.test_budget import GIGABYTE, NEEDS, PATH
 
 
@@ -29,10 +29,10 @@ def test_in_memory_the_bandwidth_counts() -> None:
 
 def test_the_slower_of_two_counts() -> None:
     assert speed(8 * GIGABYTE, 1.0, 1e9) == pytest.approx(20 * COMPUTING)
-    disk_alone = 1e9 / (480 * 0.5 * NEEDS.expert)
+    disk_alone = 1e9 * BESIDE / (480 * 0.5 * (1 + WRONG) * NEEDS.expert)
     assert speed(8 * GIGABYTE, 0.5, 1e9) == pytest.approx(disk_alone, rel=0.02)
     both = speed(8 * GIGABYTE, 0.5, 1e9 * 20 * COMPUTING / disk_alone)
-    assert both == pytest.approx(20 * COMPUTING / 2**0.5, rel=0.01)
+    assert both == pytest.approx(20 * COMPUTING / 2 ** (1 / OVERLAP), rel=0.01)
 
 
 def test_what_limits() -> None:
