@@ -84,7 +84,7 @@ def predict(
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
-    Measures the bandwidths of memory and disk: takes some seconds.
+    Measures the bandwidths of memory and disk: takes 5 to 15 seconds.
     """
     from ondevice import disk, doctor
     from ondevice.experts import READERS
@@ -99,7 +99,7 @@ def predict(
     memory_rate = doctor.speeds(threads or default_threads())["read_bandwidth"]
     disk_rate = 0.0
     if plan.cached:
-        disk_rate = disk.bandwidth(Path(path), plan.needs.slice, READERS, planned.missed)
+        disk_rate = disk.bandwidth(Path(path), plan.needs.slice, READERS)
     uses = config["layers"] * config["experts_used"]
     predicted = forecast(plan, planned.usage, uses, token, memory_rate, disk_rate)
     share = 1 - predicted.computing / predicted.seconds
