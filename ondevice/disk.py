@@ -18,10 +18,11 @@ PROBE_BYTES = 320 << 20
 """How much of a file is read by a probe, again and again."""
 FIRST_SECONDS = 5.0
 """For reading it the first time; what was not read by then is left out."""
-WINDOW, WINDOWS, MOST_WINDOWS = 0.25, 8, 32
-"""Seconds of a window; those that count, and the most there are."""
-STEADY = 0.15
-"""How far apart the windows that count may be, but for the slowest and the fastest."""
+WINDOW, WINDOWS, MOST_WINDOWS = 0.25, 16, 32
+"""Seconds of a window; those that count, and the most there are. Disks that others use as well
+change their speed by a quarter from second to second."""
+STEADY = 0.1
+"""How far apart the medians of the two halves of the windows that count may be."""
 SLABS = 16
 """Pieces of memory that each reader reads into by turns."""
 SUPPORTED = hasattr(os, "preadv")
@@ -57,7 +58,7 @@ def bandwidth(path: Path, piece: int, readers: int) -> float:
     Places that were read before: what a network disk or its host gives for the first time may take
     ten times as long, and decoding comes back to the same experts again and again. So the places
     are read once, and then in turn until the rate is steady; it is the median of the last windows.
-    Takes 2.5 seconds where the disk is fast and steady, 13 at most.
+    Takes 4 to 13 seconds.
     """
     piece = max(BLOCK, -(-piece // BLOCK) * BLOCK)
     blocks = range(max(1, (path.stat().st_size - piece) // BLOCK))
@@ -149,10 +150,15 @@ def _steady_rate(probe: _Probe) -> float:
         done, now = probe.nbytes, time.perf_counter()
         rates.append((done - before) / (now - begun))
         before, begun = done, now
-        last = sorted(rates[-WINDOWS:])
-        if len(last) == WINDOWS and last[-2] - last[1] < STEADY * statistics.median(last):
+        if len(rates) >= WINDOWS and _is_steady(rates[-WINDOWS:]):
             break
     return statistics.median(rates[-WINDOWS:] or [0.0])
+
+
+def _is_steady(rates: list[float]) -> bool:
+    half = len(rates) // 2
+    earlier, later = statistics.median(rates[:half]), statistics.median(rates[half:])
+    return abs(later - earlier) <= STEADY * later
 
 
 def anonymous(nbytes: int) -> mmap.mmap:

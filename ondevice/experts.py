@@ -238,6 +238,7 @@ class Pool:
         self._store[store.LAYERS] = self._layers.ctypes.data
         self._store[store.INTERVALS] = self.usage.ended.ctypes.data
         self._store[store.OPEN_INTERVALS] = self.usage.open.ctypes.data
+        self._store[store.DISK] = self.usage.disk.ctypes.data
         used = self._config.experts_used
         self._store[store.FEW_GUESSES] = round(FEW_GUESSES * used)
         self._store[store.MANY_GUESSES] = round(MANY_GUESSES * used)

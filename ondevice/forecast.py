@@ -2,7 +2,7 @@
 
     computing   (weights, state and keys and values of a token) / read bandwidth / COMPUTING
     disk        uses of experts a token x share not in the pool x bytes x (1 + WRONG)
-                / the disk's bandwidth / BESIDE
+                / the disk's bandwidth, see `disk_rate`
     a token     (computing^OVERLAP + disk^OVERLAP)^(1/OVERLAP): the two overlap, less so where
                 neither has slack
 
@@ -64,7 +64,17 @@ def forecast(
         return Forecast(computing, 0.0, 1.0, 0.0)
     hits = usage.hit_rate(plan.pool // plan.needs.expert, uses_per_token)
     disk_bytes = uses_per_token * (1 - hits) * plan.needs.expert * (1 + WRONG)
-    return Forecast(computing, disk_bytes / disk_bandwidth / BESIDE, hits, disk_bytes)
+    return Forecast(computing, disk_bytes / disk_bandwidth, hits, disk_bytes)
+
+
+def disk_rate(probed: float, noted: float | None) -> float:
+    """Bytes per second that readers will get: from a probe and from what earlier runs got.
+
+    The probe knows how the disk is now, the runs what decoding gets; disks that others use as well
+    differ by a fifth from minute to minute, so neither is enough.
+    """
+    probed *= BESIDE
+    return probed if noted is None else (probed * noted) ** 0.5
 
 
 def what_limits(plan: Plan, hit_rate: float, waiting: float) -> str:

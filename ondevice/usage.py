@@ -1,9 +1,9 @@
 """How a model's experts are used: what is warmed at the next start, and what a pool would hold.
 
-Two things are noted while tokens are decoded one by one (kernels/store.py). How often each expert
-was used; and after how many tokens it was used again, in buckets: BUCKETS counts of the intervals
-that ended in a use, and as many of those that had not ended before the first use was seen, of which
-only a lower bound is known.
+Three things are noted while tokens are decoded one by one (kernels/store.py): how often each
+expert was used; what the disk gave; and after how many tokens an expert was used again, in buckets:
+BUCKETS counts of the intervals that ended in a use, and as many of those that had not ended before
+the first use was seen, of which only a lower bound is known.
 
     S(t)  share of uses whose expert was last used more than t tokens ago: Kaplan and Meier's
           estimate from both counts (J. Am. Stat. Assoc. 53, 1958)
@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import secrets
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,10 @@ of 1/32 is not theirs: it goes on as they do, who lose 0.13 when the share is ha
 BY_TRACES = "by published traces"
 FADING = 0.5
 """What earlier runs' uses count for, beside those of the last one."""
+ENOUGH_BYTES = 2 << 30
+"""From which on it says something how fast the disk was."""
 LARGEST = 64 << 20
+_FIELDS = ("uses", "ended", "open", "disk")
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Usage:
     """(BUCKETS,) int64: intervals between two uses."""
     open: Array
     """(BUCKETS,) int64: intervals that are at least so long."""
+    disk: Array = field(default_factory=lambda: np.zeros(2, np.int64))
+    """Bytes that came from disk, and the nanoseconds that readers, one by one, took for them."""
 
     @classmethod
     def none(cls, config: Config) -> "Usage":
@@ -78,6 +83,12 @@ class Usage:
         """Where `hit_rate` comes from."""
         known = self.ended.sum() >= ENOUGH
         return "by this model's last runs" if known else BY_TRACES
+
+    @property
+    def bytes_per_reading_second(self) -> float | None:
+        """What one of the readers got from the disk; None while little was read."""
+        nbytes, nanoseconds = map(int, self.disk)
+        return 1e9 * nbytes / nanoseconds if nbytes >= ENOUGH_BYTES and nanoseconds else None
 
     def hit_rate(self, experts: int, uses_per_token: int) -> float:
         """Of the uses, those that find their expert in a pool of so many."""
@@ -129,9 +140,9 @@ def load(name: str, config: Config) -> Usage:
         if path.stat().st_size > LARGEST:
             return usage
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = [archive[field] for field in ("uses", "ended", "open")]
-        wanted = (usage.uses, usage.ended, usage.open)
-        for array, like in zip(found, wanted, strict=True):
+            found = [archive[name] for name in _FIELDS]
+        for array, name in zip(found, _FIELDS, strict=True):
+            like = getattr(usage, name)
             if array.dtype != like.dtype or array.shape != like.shape or (array < 0).any():
                 return usage
         return Usage(*found)
@@ -146,10 +157,9 @@ def save(name: str, before: Usage, during: Usage) -> None:
         path = profile_path(name)
         if not private_folder(path.parent):
             return
-        fields = ("uses", "ended", "open")
         counts = {
-            field: (getattr(before, field) * FADING).astype(np.int64) + getattr(during, field)
-            for field in fields
+            name: (getattr(before, name) * FADING).astype(np.int64) + getattr(during, name)
+            for name in _FIELDS
         }
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:

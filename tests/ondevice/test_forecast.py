@@ -3,7 +3,15 @@
 import pytest
 
 from ondevice.budget import plan
-from ondevice.forecast import BESIDE, COMPUTING, OVERLAP, WRONG, forecast, what_limits
+from ondevice.forecast import (
+    BESIDE,
+    COMPUTING,
+    OVERLAP,
+    WRONG,
+    disk_rate,
+    forecast,
+    what_limits,
+)
 from tests.ondevice.test_budget import GIGABYTE, NEEDS, PATH
 
 
@@ -29,10 +37,16 @@ def test_in_memory_the_bandwidth_counts() -> None:
 
 def test_the_slower_of_two_counts() -> None:
     assert speed(8 * GIGABYTE, 1.0, 1e9) == pytest.approx(20 * COMPUTING)
-    disk_alone = 1e9 * BESIDE / (480 * 0.5 * (1 + WRONG) * NEEDS.expert)
+    disk_alone = 1e9 / (480 * 0.5 * (1 + WRONG) * NEEDS.expert)
     assert speed(8 * GIGABYTE, 0.5, 1e9) == pytest.approx(disk_alone, rel=0.02)
     both = speed(8 * GIGABYTE, 0.5, 1e9 * 20 * COMPUTING / disk_alone)
     assert both == pytest.approx(20 * COMPUTING / 2 ** (1 / OVERLAP), rel=0.01)
+
+
+def test_the_disk_by_probe_and_by_runs() -> None:
+    assert disk_rate(2e9, None) == pytest.approx(2e9 * BESIDE)
+    assert disk_rate(2e9, 2e9 * BESIDE) == pytest.approx(2e9 * BESIDE)
+    assert disk_rate(4e9, 1e9 * BESIDE) == pytest.approx(2e9 * BESIDE)
 
 
 def test_what_limits() -> None:
