@@ -1,6 +1,7 @@
 """How fast a model will write on this machine under a memory budget, from what limits it.
 
-    computing   (weights, state and keys and values of a token) / read bandwidth / COMPUTING
+    computing   what it took in earlier runs on as many threads, or else
+                (weights, state and keys and values of a token) / read bandwidth / COMPUTING
     disk        uses of experts a token x share not in the pool x bytes x (1 + WRONG)
                 / the disk's bandwidth, see `disk_rate`
     a token     (computing^OVERLAP + disk^OVERLAP)^(1/OVERLAP): the two overlap, less so where
@@ -16,13 +17,11 @@ from dataclasses import dataclass
 from ondevice.budget import Plan
 from ondevice.usage import Usage
 
-COMPUTING = 0.85
+COMPUTING = 0.88
 """Of the read bandwidth, what decoding reaches (docs/benchmarks.md)."""
 WRONG = 0.1
 """Experts that are read on a wrong guess, of those that are not in the pool; 0.02 to 0.18 in five
-cases (docs/log.md, as the two below)."""
-BESIDE = 0.9
-"""Of the disk's bandwidth, what readers get while the processors compute."""
+cases (docs/log.md, as what is below)."""
 OVERLAP = 1.75
 """1: one after the other; infinity: only the longer one. Fitted to seven cases, within 7 %."""
 MATTERS = 0.2
@@ -57,9 +56,13 @@ def forecast(
     token_bytes: int,
     read_bandwidth: float,
     disk_bandwidth: float,
+    noted: float | None = None,
 ) -> Forecast:
-    """What a token of `token_bytes` takes; bandwidths in bytes per second."""
-    computing = token_bytes / read_bandwidth / COMPUTING
+    """What a token of `token_bytes` takes; bandwidths in bytes per second.
+
+    `noted`: seconds that computing took in earlier runs.
+    """
+    computing = noted or token_bytes / read_bandwidth / COMPUTING
     if not plan.cached:
         return Forecast(computing, 0.0, 1.0, 0.0)
     hits = usage.hit_rate(plan.pool // plan.needs.expert, uses_per_token)
@@ -73,7 +76,6 @@ def disk_rate(probed: float, noted: float | None) -> float:
     The probe knows how the disk is now, the runs what decoding gets; disks that others use as well
     differ by a fifth from minute to minute, so neither is enough.
     """
-    probed *= BESIDE
     return probed if noted is None else (probed * noted) ** 0.5
 
 

@@ -442,9 +442,9 @@ class Model:
             self._begin(state, step, 1)
             if threads is None and self._pace.trying:
                 step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
-            started = time.perf_counter()
+            waited, started = self.expert_counts.waiting, time.perf_counter()
+            chosen = threads or self._pace.choose()
             try:
-                chosen = threads or self._pace.choose()
                 self._run(team, self._decode, step, profile, chosen)
             except Error:
                 state.reset()  # some layers have taken a token in that others have not
@@ -456,6 +456,9 @@ class Model:
                 self._move(state, step)
                 if threads is None:
                     self._pace.note(tokens, seconds)
+            if self._pool is not None:
+                waited = (self.expert_counts.waiting - waited) / chosen
+                self._pool.usage.note_computing(chosen, tokens, seconds - waited)
         self._check_finite(state, step)
         return seconds
 

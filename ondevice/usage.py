@@ -1,9 +1,9 @@
 """How a model's experts are used: what is warmed at the next start, and what a pool would hold.
 
-Three things are noted while tokens are decoded one by one (kernels/store.py): how often each
-expert was used; what the disk gave; and after how many tokens an expert was used again, in buckets:
-BUCKETS counts of the intervals that ended in a use, and as many of those that had not ended before
-the first use was seen, of which only a lower bound is known.
+Four things are noted while tokens are decoded one by one: what computing took (model.py) and what
+the disk gave; how often each expert was used; and after how many tokens it was used again
+(kernels/store.py), in buckets: BUCKETS counts of the intervals that ended in a use, and as many of
+those that had not ended before the first use was seen, of which only a lower bound is known.
 
     S(t)  share of uses whose expert was last used more than t tokens ago: Kaplan and Meier's
           estimate from both counts (J. Am. Stat. Assoc. 53, 1958)
@@ -26,6 +26,7 @@ import numpy as np
 
 from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile
+from ondevice.kernels.team import MOST_THREADS
 from quant.folders import cache_root, private_folder
 from quant.format import Array
 
@@ -48,8 +49,9 @@ FADING = 0.5
 """What earlier runs' uses count for, beside those of the last one."""
 ENOUGH_BYTES = 2 << 30
 """From which on it says something how fast the disk was."""
+ENOUGH_TOKENS = 40
 LARGEST = 64 << 20
-_FIELDS = ("uses", "ended", "open", "disk")
+_FIELDS = ("uses", "ended", "open", "disk", "computing")
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Usage:
     """(BUCKETS,) int64: intervals that are at least so long."""
     disk: Array = field(default_factory=lambda: np.zeros(2, np.int64))
     """Bytes that came from disk, and the nanoseconds that readers, one by one, took for them."""
+    computing: Array = field(default_factory=lambda: np.zeros((MOST_THREADS + 1, 2), np.int64))
+    """For each number of threads: tokens, and the nanoseconds that passed without waiting."""
 
     @classmethod
     def none(cls, config: Config) -> "Usage":
@@ -89,6 +93,16 @@ class Usage:
         """What one of the readers got from the disk; None while little was read."""
         nbytes, nanoseconds = map(int, self.disk)
         return 1e9 * nbytes / nanoseconds if nbytes >= ENOUGH_BYTES and nanoseconds else None
+
+    def note_computing(self, threads: int, tokens: int, seconds: float) -> None:
+        """Count what tokens took, but for waiting."""
+        if tokens > 0 and seconds > 0:
+            self.computing[threads] += tokens, int(1e9 * seconds)
+
+    def computing_seconds(self, threads: int) -> float | None:
+        """Of a token, on so many threads; None while there were few."""
+        tokens, nanoseconds = map(int, self.computing[threads])
+        return 1e-9 * nanoseconds / tokens if tokens >= ENOUGH_TOKENS else None
 
     def hit_rate(self, experts: int, uses_per_token: int) -> float:
         """Of the uses, those that find their expert in a pool of so many."""

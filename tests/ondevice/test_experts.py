@@ -14,7 +14,7 @@ import pytest
 
 import convert
 import ondevice
-from ondevice import bench, forecast, inspection
+from ondevice import bench, inspection
 from ondevice import disk as disk_module
 from ondevice.config import Config
 from ondevice.experts import READERS
@@ -414,6 +414,18 @@ def test_decoding_notes_how_fast_the_disk_is(mapped: Model) -> None:
         assert 0 < nanoseconds * 1e-9 <= counts.reading + 1e-9
 
 
+def test_decoding_notes_what_computing_takes(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        runner = bench.Runner(model, 4, 64)
+        runner.prefill()
+        before = model.expert_counts
+        seconds = runner.decode()
+        waited = (model.expert_counts - before).waiting / 2
+        assert model._pool is not None
+        noted = model._pool.usage.computing_seconds(2)
+        assert noted == pytest.approx((seconds - waited) / 64, rel=0.2)
+
+
 def test_a_request_ends_the_warming(mapped: Model) -> None:
     with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
         model.logits([1])
@@ -482,8 +494,8 @@ def test_a_forecast_knows_what_earlier_runs_got_from_the_disk(
     found = {}
     for nbytes in (0, 1 << 40):
         found[nbytes] = inspection.predict(mapped.path, small(mapped), context=CONTEXT)
-    assert found[0]["disk_bandwidth"] == pytest.approx(2e9 * forecast.BESIDE)
-    both = (2e9 * forecast.BESIDE * READERS * 1e9) ** 0.5
+    assert found[0]["disk_bandwidth"] == pytest.approx(2e9)
+    both = (2e9 * READERS * 1e9) ** 0.5
     assert found[1 << 40]["disk_bandwidth"] == pytest.approx(both)
     assert found[1 << 40]["tokens_per_second"] > found[0]["tokens_per_second"]
 

@@ -121,6 +121,15 @@ def test_the_speed_of_the_disk() -> None:
     assert counts.bytes_per_reading_second == 2 * usage.ENOUGH_BYTES
 
 
+def test_the_time_of_computing() -> None:
+    counts = Usage(*(np.zeros(n, np.int64) for n in ((9, 9), BUCKETS, BUCKETS)))
+    counts.note_computing(2, usage.ENOUGH_TOKENS // 2, 1.0)
+    assert counts.computing_seconds(2) is None
+    counts.note_computing(2, usage.ENOUGH_TOKENS // 2, 3.0)
+    assert counts.computing_seconds(2) == pytest.approx(4 / usage.ENOUGH_TOKENS)
+    assert counts.computing_seconds(1) is None
+
+
 def test_a_damaged_profile_is_none(config: Config) -> None:
     usage.save("bad", Usage.none(config), some(config, 4))
     path = usage.profile_path("bad")
