@@ -8,6 +8,10 @@ that needs a control group that can be written to. Ours first reads a prompt and
 until the pool is as it stays; then prompt and decoding are timed. llama.cpp maps the file without
 copies in layouts of its own (which are killed) and takes random tokens one by one.
 
+Before each run `inspect` says how fast it will be, in a process of its own under the same limit:
+from published traces of experts' use, as it does for a file that it has not seen, and from what
+earlier runs noted (a dash where there were none).
+
 The bound is the larger of what computing and what the disk take: the time per token in which
 threads did not wait, and the bytes that came from disk over what the disk gives the same reads
 alone, measured right afterwards. Writes a section of docs/benchmarks.md.
@@ -62,7 +66,6 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
     from ondevice import disk
     from ondevice.bench import Runner
     from ondevice.experts import READERS
-    from ondevice.model import Model
 
     with ondevice.load(path, memory=memory, mtp="off") as model:
         runner = Runner(model, PROMPT, GENERATE)
@@ -79,8 +82,7 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
         faulted = faults() - faulted
         waiting = counts.waiting / model.threads / seconds
         plan = model.plan
-    missed = Model.planned(path, memory=memory).missed
-    rate = disk.bandwidth(path, plan.needs.slice, READERS, missed)
+    rate = disk.bandwidth(path, plan.needs.slice, READERS)
     tokens = GENERATE * ROUNDS
     each = seconds / tokens
     computing = each * (1 - waiting)
@@ -91,6 +93,7 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
         "hit_rate": counts.hit_rate,
         "disk_bytes_per_token": counts.bytes_read / tokens,
         "disk_bandwidth": rate,
+        "readers_got": counts.bytes_read / counts.reading * READERS if counts.reading else 0.0,
         "waiting": waiting,
         "fraction_of_bound": max(computing, from_disk) / each,
         "major_faults": faulted,
@@ -98,6 +101,24 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
         "prefill_of_disk_time": first / busy if busy else 0.0,
         "prefill_reads": prompt.bytes_read / plan.needs.expert,
         "prefill_touched": prompt.hits + prompt.late + prompt.misses,
+    }
+
+
+def forecasts(path: Path, memory: int) -> dict[str, Any]:
+    """What `inspect` expects, without and with what earlier runs noted."""
+    from ondevice import inspection, usage
+
+    found = inspection.predict(path, memory)
+    known = found["hit_rate_from"] != usage.BY_TRACES
+    load, usage.load = usage.load, lambda name, config: usage.Usage.none(config)
+    try:
+        fresh = inspection.predict(path, memory)
+    finally:
+        usage.load = load
+    return {
+        "by_traces": fresh["tokens_per_second"],
+        "by_runs": found["tokens_per_second"] if known else None,
+        "details": [fresh, found],
     }
 
 
@@ -159,15 +180,18 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
     """Measure every budget; a section of the page."""
     rows, prompts = [], []
     for memory in budgets:
+        expected = run("forecasts", path, memory)
         found = run("ours", path, memory)
-        assert found is not None, "killed"
+        assert found is not None and expected is not None, "killed"
         other = run("theirs", path, memory) if peer else None
         cells = [
             f"{memory / (1 << 30):.3g}G",
             f"{found['tokens_per_second']:.2f}",
+            *(_compared(expected[name], found) for name in ("by_traces", "by_runs")),
             f"{found['hit_rate']:.3f}",
             f"{found['disk_bytes_per_token'] / 1e6:.1f} MB",
             f"{found['disk_bandwidth'] / 1e9:.2f} GB/s",
+            f"{found['readers_got'] / 1e9:.2f} GB/s",
             f"{found['waiting']:.0%}",
             f"**{found['fraction_of_bound']:.2f}**",
             str(found["major_faults"]),
@@ -184,7 +208,10 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
             f"{found['prefill_touched']} touched."
         )
         print(rows[-1], prompts[-1], sep="\n", file=sys.stderr)
-    names = ["budget", "tokens/s", "in memory", "from disk per token", "disk", "waiting"]
+        for name, details in zip(("traces", "last runs"), expected["details"], strict=True):
+            print(f"expected by {name}: {details}", file=sys.stderr)
+    names = ["budget", "tokens/s", "expected by traces", "by last runs", "in memory"]
+    names += ["from disk per token", "disk", "readers got", "waiting"]
     names += ["of the bound", "major faults"] + (["llama.cpp, mapped", "ratio"] if peer else [])
     return "\n".join(
         [
@@ -204,20 +231,31 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
     )
 
 
+def _compared(expected: float | None, found: dict[str, Any]) -> str:
+    if expected is None:
+        return "-"
+    return f"{expected:.2f} ({expected / found['tokens_per_second'] - 1:+.0%})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure speed under a memory budget.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--memory", nargs="+", required=True, type=size)
     parser.add_argument("--llama-cpp", action="store_true", help="llama.cpp beside it")
-    parser.add_argument("--alone", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=["ours", "theirs", "forecasts"], help=argparse.SUPPRESS)
     parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
     path = arguments.file.resolve()
     if arguments.alone:
         arguments.group.write_text(str(os.getpid()))
-        alone = arguments.alone == "ours"
-        print(json.dumps(ours(path, arguments.memory[0]) if alone else theirs(path)))
+        memory = arguments.memory[0]
+        measures = {
+            "ours": lambda: ours(path, memory),
+            "theirs": lambda: theirs(path),
+            "forecasts": lambda: forecasts(path, memory),
+        }
+        print(json.dumps(measures[arguments.alone]()))
         return
     part = section(path, arguments.memory, arguments.llama_cpp)
     page = arguments.output.read_text("utf-8") if arguments.output.exists() else ""

@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import random
+import statistics
 import sys
 import threading
 import time
@@ -13,7 +14,17 @@ from pathlib import Path
 from ondevice.kernels.store import BLOCK
 from quant.errors import ResourceError
 
-PROBE_SECONDS, PROBES = 0.2, 10
+PROBE_BYTES = 320 << 20
+"""How much of a file is read by a probe, again and again."""
+FIRST_SECONDS = 5.0
+"""For reading it the first time; what was not read by then is left out."""
+WINDOW, WINDOWS, MOST_WINDOWS = 0.25, 16, 32
+"""Seconds of a window; those that count, and the most there are. Disks that others use as well
+change their speed by a quarter from second to second."""
+STEADY = 0.1
+"""How far apart the medians of the two halves of the windows that count may be."""
+SLABS = 16
+"""Pieces of memory that each reader reads into by turns."""
 SUPPORTED = hasattr(os, "preadv")
 """Whether files can be read like this here: not on Windows so far."""
 
@@ -41,38 +52,124 @@ def open_direct(path: Path) -> int:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def bandwidth(path: Path, piece: int, readers: int, offsets: Sequence[int] | None = None) -> float:
+def bandwidth(path: Path, piece: int, readers: int) -> float:
     """Bytes per second of direct reads of `piece` bytes at random places, as experts are read.
 
-    At any places, or at those of `offsets`: what a storage system was asked for lately it may have
-    at hand. The best of several short probes: what else runs can only slow one down.
+    Places that were read before: what a network disk or its host gives for the first time may take
+    ten times as long, and decoding comes back to the same experts again and again. So the places
+    are read once, and then in turn until the rate is steady; it is the median of the last windows.
+    Takes 4 to 13 seconds.
     """
     piece = max(BLOCK, -(-piece // BLOCK) * BLOCK)
-    end = max(BLOCK, path.stat().st_size - piece)
-    places = [at // BLOCK for at in offsets or () if at < end] or range(end // BLOCK)
+    blocks = range(max(1, (path.stat().st_size - piece) // BLOCK))
+    # the same ones every time: they are at hand the next time
+    places = random.Random(0).sample(blocks, min(len(blocks), max(readers, PROBE_BYTES // piece)))
     number = open_direct(path)
     try:
-        return max(_probe(number, piece, places, readers) for _ in range(PROBES))
+        with contextlib.suppress(OSError):
+            os.fsync(number)  # reads past the page cache would wait for what is to be written
+        with _Probe(number, piece, places, readers) as probe:
+            rate = _steady_rate(probe)
+            if not probe.running:
+                raise ResourceError(f"{path}: cannot be read")
+            return rate
     finally:
         os.close(number)
 
 
-def _probe(number: int, piece: int, places: Sequence[int], readers: int) -> float:
-    done = [0] * readers
+class _Probe:
+    """Threads that read pieces at the given places, in turn, into memory like a pool's."""
+
+    def __init__(self, number: int, piece: int, places: Sequence[int], readers: int) -> None:
+        self._number, self._piece = number, piece
+        self._shares = [places[i::readers] for i in range(min(readers, len(places)))]
+        self._done = [0] * len(self._shares)
+        self._turns = [0] * len(self._shares)
+        self._again = self._stopping = False
+        self._memory = anonymous(len(self._shares) * SLABS * piece)
+        self._threads = [
+            threading.Thread(target=self._read, args=(i,)) for i in range(len(self._shares))
+        ]
+
+    def __enter__(self) -> "_Probe":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def nbytes(self) -> int:
+        """Read so far."""
+        return sum(self._done)
+
+    @property
+    def running(self) -> bool:
+        """Whether no read has failed."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def all_read(self) -> bool:
+        """Whether all places have been read once."""
+        return all(
+            turns >= len(share) for turns, share in zip(self._turns, self._shares, strict=True)
+        )
+
+    def repeat(self) -> None:
+        """From now on read only what was read before."""
+        self._again = True
+
+    def _read(self, reader: int) -> None:
+        share, turn, again = self._shares[reader], 0, False
+        view = memoryview(self._memory)
+        while not self._stopping:
+            if self._again and not again:
+                again, share = True, share[: max(1, turn)]
+            to = (reader * SLABS + turn % SLABS) * self._piece
+            try:
+                at = share[turn % len(share)] * BLOCK
+                self._done[reader] += os.preadv(self._number, [view[to : to + self._piece]], at)
+            except OSError:
+                return
+            turn += 1
+            self._turns[reader] = turn
+
+
+def _steady_rate(probe: _Probe) -> float:
     started = time.perf_counter()
+    while probe.running and not probe.all_read and time.perf_counter() - started < FIRST_SECONDS:
+        time.sleep(WINDOW / 10)
+    probe.repeat()
+    rates: list[float] = []
+    before, begun = probe.nbytes, time.perf_counter()
+    while probe.running and len(rates) < MOST_WINDOWS:
+        time.sleep(WINDOW)
+        done, now = probe.nbytes, time.perf_counter()
+        rates.append((done - before) / (now - begun))
+        before, begun = done, now
+        if len(rates) >= WINDOWS and _is_steady(rates[-WINDOWS:]):
+            break
+    return statistics.median(rates[-WINDOWS:] or [0.0])
 
-    def read(reader: int) -> None:
-        choose = random.Random()
-        with mmap.mmap(-1, piece) as buffer:
-            while time.perf_counter() - started < PROBE_SECONDS:
-                try:
-                    done[reader] += os.preadv(number, [buffer], choose.choice(places) * BLOCK)
-                except OSError:
-                    return
 
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - started)
+def _is_steady(rates: list[float]) -> bool:
+    half = len(rates) // 2
+    earlier, later = statistics.median(rates[:half]), statistics.median(rates[half:])
+    return abs(later - earlier) <= STEADY * later
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Zeroed pages of this process alone, large ones where there are any.
+
+    Python's default would be shared ones, which are never large and cannot be given back.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -5,7 +5,6 @@ readers. How many slabs there are is told last (`allocate`), when all other memo
 that fails ends the running batch, whose reason `fault` then tells.
 """
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ondevice.config import Config
-from ondevice.disk import open_direct
+from ondevice.disk import anonymous, open_direct
 from ondevice.gguf_file import Tensor
 from ondevice.kernels import routing, store
 from ondevice.kernels.layout import WORD
@@ -203,7 +202,7 @@ class Pool:
     def _fill(self, shelf: _Shelf) -> None:
         count = shelf.slabs
         try:
-            shelf.memory = _anonymous(count * shelf.slab_bytes)
+            shelf.memory = anonymous(count * shelf.slab_bytes)
         except (OSError, ValueError) as error:
             raise ResourceError(
                 f"no memory for {count} experts of {shelf.slab_bytes:,} bytes: {error}"
@@ -239,6 +238,7 @@ class Pool:
         self._store[store.LAYERS] = self._layers.ctypes.data
         self._store[store.INTERVALS] = self.usage.ended.ctypes.data
         self._store[store.OPEN_INTERVALS] = self.usage.open.ctypes.data
+        self._store[store.DISK] = self.usage.disk.ctypes.data
         used = self._config.experts_used
         self._store[store.FEW_GUESSES] = round(FEW_GUESSES * used)
         self._store[store.MANY_GUESSES] = round(MANY_GUESSES * used)
@@ -399,7 +399,7 @@ class Pool:
         file = self._open(tensor.path)
         begin = tensor.offset // BLOCK * BLOCK
         end = tensor.offset + tensor.nbytes
-        memory = _anonymous(-(-(end - begin) // BLOCK) * BLOCK)
+        memory = anonymous(-(-(end - begin) // BLOCK) * BLOCK)
         view, at = memoryview(memory), begin
         while at < end:
             piece = view[at - begin : at - begin + PIECE]
@@ -485,20 +485,6 @@ def _end(
         thread.join()
     for number in (*pipe, *files.values()):
         os.close(number)
-
-
-def _anonymous(nbytes: int) -> mmap.mmap:
-    """Zeroed pages of this process alone, large ones where there are any.
-
-    Python's default would be shared ones, which are never large and cannot be given back.
-    """
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _failed(path: Path, offset: int, nbytes: int, error: OSError | None = None) -> Error:

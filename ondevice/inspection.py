@@ -24,6 +24,11 @@ from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile, Tensor
 from ondevice.weights import Weights
 
+READINGS = 40
+"""Of the memory's bandwidth, 1.5 seconds before and after the disk is looked at."""
+SURE = 0.1
+"""Share of the readings that may be below the one that counts: a shared host may give a machine
+nearly twice its usual bandwidth for seconds, but not for as long as an answer takes."""
 _EXPERTS = "_exps.weight"
 _EMBEDDING = "token_embd.weight"
 _SAMPLING = "general.sampling."
@@ -84,11 +89,13 @@ def predict(
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
-    Measures the bandwidths of memory and disk: takes some seconds.
+    Measures the bandwidths of memory and disk: takes 8 to 17 seconds.
     """
-    from ondevice import disk, doctor
+    from ondevice import disk
     from ondevice.experts import READERS
-    from ondevice.forecast import forecast, what_limits
+    from ondevice.forecast import disk_rate, forecast, what_limits
+    from ondevice.kernels.team import Team
+    from ondevice.machine import Machine
     from ondevice.model import Model, default_threads
 
     planned = Model.planned(Path(path), threads, context, memory, kv)
@@ -96,12 +103,22 @@ def predict(
     config, plan = described["config"], planned.plan
     token = described["bytes_per_token"] + 2 * described["state_bytes"]
     token += planned.likely_router_bytes if plan.cached else 0
-    memory_rate = doctor.speeds(threads or default_threads())["read_bandwidth"]
-    disk_rate = 0.0
-    if plan.cached:
-        disk_rate = disk.bandwidth(Path(path), plan.needs.slice, READERS, planned.missed)
+    threads = threads or default_threads()
+    team, rate = Team(threads), 0.0
+    try:
+        machine = Machine(lambda operations, step: team.run(operations.records, step), threads)
+        readings = [machine.read_bandwidth() for _ in range(READINGS)]
+        if plan.cached:
+            probed = disk.bandwidth(Path(path), plan.needs.slice, READERS)
+            noted = planned.usage.bytes_per_reading_second
+            rate = disk_rate(probed, noted and noted * READERS)
+        readings += [machine.read_bandwidth() for _ in range(READINGS)]
+    finally:
+        team.close()
+    memory_rate = sorted(readings)[int(SURE * len(readings))]
     uses = config["layers"] * config["experts_used"]
-    predicted = forecast(plan, planned.usage, uses, token, memory_rate, disk_rate)
+    computing = planned.usage.computing_seconds(threads) if plan.cached else None
+    predicted = forecast(plan, planned.usage, uses, token, memory_rate, rate, computing)
     share = 1 - predicted.computing / predicted.seconds
     return {
         "budget": memory,
@@ -111,7 +128,7 @@ def predict(
         "parts": plan.parts(),
         "pool_experts": plan.pool // plan.needs.expert,
         "read_bandwidth": memory_rate,
-        "disk_bandwidth": disk_rate,
+        "disk_bandwidth": rate,
         "expert_hit_rate": predicted.hit_rate,
         "hit_rate_from": planned.usage.source,
         "disk_bytes_per_token": predicted.disk_bytes,

@@ -66,8 +66,6 @@ LEAST_CONTEXT = 4096
 CONTEXT_SHARE = 0.1
 """Of a budget that the file does not fit into, what the default context's keys and values may take;
 down to LEAST_CONTEXT tokens."""
-MISSED = 2000
-"""Places of experts that a plan names."""
 RESERVE = 256 << 20
 """Bytes of free memory below which the pool of experts gives some back."""
 LOOK_SECONDS = 0.25
@@ -83,8 +81,6 @@ class Planned:
     usage: usage.Usage
     """What earlier runs noted of its experts."""
     likely_router_bytes: int
-    missed: tuple[int, ...]
-    """Where in the file those experts' parts are that were used and that the pool cannot hold."""
 
 
 class Model:
@@ -176,17 +172,7 @@ class Model:
             config = model._config_of_pool()
             known = usage.load(usage.identity(model._file, config), config)
             weights = Weights(model._file, model.config)
-            held = model.plan.pool // model.plan.needs.expert
-            used = known.by_use()[held // 2 :]
-            # as often as they are used
-            often = np.cumsum([known.uses[place] for place in used])
-            marks = np.linspace(0, often[-1] if used else 0, MISSED if used else 0, endpoint=False)
-            missed = tuple(
-                offset
-                for at in np.searchsorted(often, marks, side="right")
-                for offset in weights.expert_offsets(*used[at])
-            )
-            return Planned(model.plan, model.context, known, weights.likely_router_bytes, missed)
+            return Planned(model.plan, model.context, known, weights.likely_router_bytes)
         finally:
             model._programs = ()
             model._file.close()
@@ -464,9 +450,9 @@ class Model:
             self._begin(state, step, 1)
             if threads is None and self._pace.trying:
                 step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
-            started = time.perf_counter()
+            waited, started = self.expert_counts.waiting, time.perf_counter()
+            chosen = threads or self._pace.choose()
             try:
-                chosen = threads or self._pace.choose()
                 self._run(team, self._decode, step, profile, chosen)
             except Error:
                 state.reset()  # some layers have taken a token in that others have not
@@ -478,6 +464,9 @@ class Model:
                 self._move(state, step)
                 if threads is None:
                     self._pace.note(tokens, seconds)
+            if self._pool is not None:
+                waited = (self.expert_counts.waiting - waited) / chosen
+                self._pool.usage.note_computing(chosen, tokens, seconds - waited)
         self._check_finite(state, step)
         return seconds
 

@@ -1,9 +1,9 @@
 """How a model's experts are used: what is warmed at the next start, and what a pool would hold.
 
-Two things are noted while tokens are decoded one by one (kernels/store.py). How often each expert
-was used; and after how many tokens it was used again, in buckets: BUCKETS counts of the intervals
-that ended in a use, and as many of those that had not ended before the first use was seen, of which
-only a lower bound is known.
+Four things are noted while tokens are decoded one by one: what computing took (model.py) and what
+the disk gave; how often each expert was used; and after how many tokens it was used again
+(kernels/store.py), in buckets: BUCKETS counts of the intervals that ended in a use, and as many of
+those that had not ended before the first use was seen, of which only a lower bound is known.
 
     S(t)  share of uses whose expert was last used more than t tokens ago: Kaplan and Meier's
           estimate from both counts (J. Am. Stat. Assoc. 53, 1958)
@@ -19,25 +19,39 @@ import contextlib
 import hashlib
 import secrets
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile
+from ondevice.kernels.team import MOST_THREADS
 from quant.folders import cache_root, private_folder
 from quant.format import Array
 
 BUCKETS = 64
 ENOUGH = 20_000
 """Uses from which on what was noted is better than what was published."""
-PUBLISHED = ((0.0, 0.0), (0.0625, 0.538), (0.125, 0.67), (0.25, 0.81), (1.0, 1.0))
+PUBLISHED = (
+    (0.0, 0.0),
+    (0.03125, 0.406),
+    (0.0625, 0.538),
+    (0.125, 0.67),
+    (0.25, 0.81),
+    (1.0, 1.0),
+)
 """Share of the experts that a pool holds, share of uses that find theirs: traces of a model of 512
-experts and 10 used, as llama.cpp's pull request 27861 and colibri's notes report them."""
+experts and 10 used, as llama.cpp's pull request 27861 and colibri's notes report them. That
+of 1/32 is not theirs: it goes on as they do, who lose 0.13 when the share is halved."""
+BY_TRACES = "by published traces"
 FADING = 0.5
 """What earlier runs' uses count for, beside those of the last one."""
+ENOUGH_BYTES = 2 << 30
+"""From which on it says something how fast the disk was."""
+ENOUGH_TOKENS = 40
 LARGEST = 64 << 20
+_FIELDS = ("uses", "ended", "open", "disk", "computing")
 
 
 @dataclass
@@ -50,6 +64,10 @@ class Usage:
     """(BUCKETS,) int64: intervals between two uses."""
     open: Array
     """(BUCKETS,) int64: intervals that are at least so long."""
+    disk: Array = field(default_factory=lambda: np.zeros(2, np.int64))
+    """Bytes that came from disk, and the nanoseconds that readers, one by one, took for them."""
+    computing: Array = field(default_factory=lambda: np.zeros((MOST_THREADS + 1, 2), np.int64))
+    """For each number of threads: tokens, and the nanoseconds that passed without waiting."""
 
     @classmethod
     def none(cls, config: Config) -> "Usage":
@@ -68,7 +86,23 @@ class Usage:
     def source(self) -> str:
         """Where `hit_rate` comes from."""
         known = self.ended.sum() >= ENOUGH
-        return "by this model's last runs" if known else "by published traces"
+        return "by this model's last runs" if known else BY_TRACES
+
+    @property
+    def bytes_per_reading_second(self) -> float | None:
+        """What one of the readers got from the disk; None while little was read."""
+        nbytes, nanoseconds = map(int, self.disk)
+        return 1e9 * nbytes / nanoseconds if nbytes >= ENOUGH_BYTES and nanoseconds else None
+
+    def note_computing(self, threads: int, tokens: int, seconds: float) -> None:
+        """Count what tokens took, but for waiting."""
+        if tokens > 0 and seconds > 0:
+            self.computing[threads] += tokens, int(1e9 * seconds)
+
+    def computing_seconds(self, threads: int) -> float | None:
+        """Of a token, on so many threads; None while there were few."""
+        tokens, nanoseconds = map(int, self.computing[threads])
+        return 1e-9 * nanoseconds / tokens if tokens >= ENOUGH_TOKENS else None
 
     def hit_rate(self, experts: int, uses_per_token: int) -> float:
         """Of the uses, those that find their expert in a pool of so many."""
@@ -120,9 +154,9 @@ def load(name: str, config: Config) -> Usage:
         if path.stat().st_size > LARGEST:
             return usage
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = [archive[field] for field in ("uses", "ended", "open")]
-        wanted = (usage.uses, usage.ended, usage.open)
-        for array, like in zip(found, wanted, strict=True):
+            found = [archive[name] for name in _FIELDS]
+        for array, name in zip(found, _FIELDS, strict=True):
+            like = getattr(usage, name)
             if array.dtype != like.dtype or array.shape != like.shape or (array < 0).any():
                 return usage
         return Usage(*found)
@@ -137,10 +171,9 @@ def save(name: str, before: Usage, during: Usage) -> None:
         path = profile_path(name)
         if not private_folder(path.parent):
             return
-        fields = ("uses", "ended", "open")
         counts = {
-            field: (getattr(before, field) * FADING).astype(np.int64) + getattr(during, field)
-            for field in fields
+            name: (getattr(before, name) * FADING).astype(np.int64) + getattr(during, name)
+            for name in _FIELDS
         }
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:

@@ -244,13 +244,6 @@ class Weights:
         )
         return gate, up, both.stride
 
-    def expert_offsets(self, layer: int, expert: int) -> Iterator[int]:
-        """Where an expert's parts begin in the file, as far as they are in its first part."""
-        for part in ("gate", "up", "gate_up", "down"):
-            tensor = self.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight")
-            if tensor is not None and tensor.path == self.path:
-                yield tensor.offset + expert * (tensor.nbytes // self.config.experts)
-
     def check(self) -> None:
         """Error unless every tensor the model needs is there with its shape; others are ignored."""
         needed = dict(self.needed())

@@ -89,7 +89,8 @@ DEMAND, GUESSES, LAYERS, TURN = range(5, 9)
 PIPE_INPUT, PIPE_OUTPUT, READ, WRITE, NAP, CLOCK, READ_AT = range(9, 16)
 HITS, LATE, MISSES, WAITED, BYTES, READING, GUESSED = (LINE * n for n in range(1, 8))  # counters
 GUESSING, QUIET, HIT_SHARE, FEW_GUESSES, MANY_GUESSES = range(16 * LINE, 16 * LINE + 5)
-INTERVALS, OPEN_INTERVALS = 16 * LINE + 5, 16 * LINE + 6  # arrays of counts, ondevice/usage.py
+INTERVALS, OPEN_INTERVALS, DISK = range(16 * LINE + 5, 16 * LINE + 8)  # counts, ondevice/usage.py
+DECODING = 16 * LINE + 8  # whether the last batch was not a prompt's
 SPACES = 8 * LINE  # a line for each reader
 BYTES_TO_READERS = 17 * LINE
 STORE_WORDS = BYTES_TO_READERS + LINE
@@ -317,8 +318,12 @@ def read(store, reader):
                     value = index if i == 0 else expert if i == 1 else number
                     store_i64(store + WORD * (FAULT + i), value)
             continue
-        count_up(store, READING, nanoseconds(store, space) - begun)
+        taken = nanoseconds(store, space) - begun
+        count_up(store, READING, taken)
         count_up(store, BYTES, total)
+        if word(store, DECODING) != 0:
+            count_up(word(store, DISK), 0, total)
+            count_up(word(store, DISK), 1, taken)
         atomic_add(state_at, 1 << number)
 
 
@@ -510,7 +515,9 @@ def claim(op, step, task, scratch):
     turn = word(store, TURN) + 1
     store_i64(store + WORD * TURN, turn)
     choose_kept(word(layer, SHELF), routing, word(step, COUNT))
-    if word(step, COUNT) <= BATCH:
+    decoding = word(step, COUNT) <= BATCH
+    store_i64(store + WORD * DECODING, decoding)
+    if decoding:
         note_uses(store, layer, routing, word(step, COUNT))
     units = begin_layer(store, layer, index, routing, turn)
     units += give_slabs(store, layer, index, routing, 0, turn)

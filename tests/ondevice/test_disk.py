@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +30,71 @@ def test_a_missing_file(tmp_path: Path) -> None:
         disk.open_direct(tmp_path / "none")
 
 
-@pytest.mark.parametrize("offsets", [None, [0, 8192, 1 << 40]])
-def test_bandwidth(
-    offsets: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "PROBE_SECONDS", 0.01)
+@pytest.mark.parametrize("nbytes", [1 << 20, 60_001, 1000])
+def test_bandwidth(nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "WINDOW", 0.01)
     path = tmp_path / "file"
-    path.write_bytes(bytes(1 << 20))
-    assert 1e6 < disk.bandwidth(path, 60_000, 2, offsets) < 1e12
+    path.write_bytes(bytes(nbytes))
+    assert 1e6 < disk.bandwidth(path, 60_000, 2) < 1e12
 
 
-def test_bandwidth_of_a_file_shorter_than_a_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "PROBE_SECONDS", 0.01)
+class Storage:
+    """In place of `os.preadv`: a place takes `first` seconds, and `again` from then on."""
+
+    def __init__(self, first: float, again: float, until: int = 1 << 60) -> None:
+        self.first, self.again, self.reads_left = first, again, until
+        self.known: set[int] = set()
+
+    def __call__(self, number: int, views: list[memoryview], at: int) -> int:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError(5, "Input/output error")
+        time.sleep(self.again if at in self.known else self.first)
+        self.known.add(at)
+        return len(views[0])
+
+
+@pytest.fixture
+def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(disk, "open_direct", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(disk, "PROBE_BYTES", 40 * 65536)
     path = tmp_path / "file"
-    path.write_bytes(bytes(1000))
-    assert disk.bandwidth(path, 60_000, 2) > 0
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    return path
+
+
+@pytest.mark.parametrize("first_seconds", [5.0, 0.1])
+def test_what_counts_is_reading_again(
+    first_seconds: float, sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.1 seconds are too few to read everything once."""
+    monkeypatch.setattr(disk, "FIRST_SECONDS", first_seconds)
+    storage = Storage(0.04, 0.004)
+    monkeypatch.setattr(os, "preadv", storage)
+    rate = disk.bandwidth(sparse, 65536, 2)
+    assert 2 * 65536 / 0.008 < rate <= 2 * 65536 / 0.004
+    assert (len(storage.known) == 40) == (first_seconds == 5.0)
+
+
+def test_a_disk_that_becomes_faster_is_waited_for(
+    sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "WINDOW", 0.05)
+    storage = Storage(0.004, 0.004)
+    monkeypatch.setattr(os, "preadv", storage)
+    begun = time.perf_counter()
+
+    def read(number: int, views: list[memoryview], at: int) -> int:
+        elapsed = time.perf_counter() - begun
+        storage.again = max(0.004, 0.04 * (1 - elapsed / 0.5))
+        return storage(number, views, at)
+
+    monkeypatch.setattr(os, "preadv", read)
+    assert disk.bandwidth(sparse, 65536, 2) > 2 * 65536 / 0.008
+
+
+def test_a_read_error_ends_the_probe(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", Storage(0.001, 0.001, until=100))
+    with pytest.raises(ResourceError, match="cannot be read"):
+        disk.bandwidth(sparse, 65536, 2)

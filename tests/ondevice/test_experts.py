@@ -15,6 +15,9 @@ import pytest
 import convert
 import ondevice
 from ondevice import bench, inspection
+from ondevice import disk as disk_module
+from ondevice.config import Config
+from ondevice.experts import READERS
 from ondevice.kernels import store
 from ondevice.model import Model
 from ondevice.usage import Usage
@@ -396,6 +399,33 @@ def test_the_next_start_is_warm(mapped: Model, monkeypatch: pytest.MonkeyPatch) 
         assert warm.bytes_read < 0.85 * model.expert_counts.bytes_read
 
 
+def test_decoding_notes_how_fast_the_disk_is(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        pool = model._pool
+        assert pool is not None
+        model.logits(TOKENS[:512])
+        assert not pool.usage.disk.any()
+        before = model.expert_counts
+        list(model.generate(TOKENS[:4], max_tokens=20, temperature=0.0))
+        counts = model.expert_counts - before
+        nbytes, nanoseconds = pool.usage.disk
+        assert 0 < nbytes <= counts.bytes_read
+        assert nbytes > 0.8 * counts.bytes_read
+        assert 0 < nanoseconds * 1e-9 <= counts.reading + 1e-9
+
+
+def test_decoding_notes_what_computing_takes(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        runner = bench.Runner(model, 4, 64)
+        runner.prefill()
+        before = model.expert_counts
+        seconds = runner.decode()
+        waited = (model.expert_counts - before).waiting / 2
+        assert model._pool is not None
+        noted = model._pool.usage.computing_seconds(2)
+        assert noted == pytest.approx((seconds - waited) / 64, rel=0.2)
+
+
 def test_a_request_ends_the_warming(mapped: Model) -> None:
     with cached(mapped, budget(mapped, mapped.plan.needs.most_pool)) as model:
         model.logits([1])
@@ -431,7 +461,9 @@ def test_the_bench_counts_the_disk(mapped: Model) -> None:
     assert "of experts were in memory" in bench.report(found)
 
 
-def test_a_plan_and_a_forecast(mapped: Model) -> None:
+def test_a_plan_and_a_forecast(mapped: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "READINGS", 4)
+    monkeypatch.setattr(disk_module, "WINDOW", 0.02)
     memory = small(mapped)
     found = inspection.predict(mapped.path, memory, context=CONTEXT)
     assert found["experts_from"] == "disk"
@@ -445,6 +477,27 @@ def test_a_plan_and_a_forecast(mapped: Model) -> None:
     assert whole["tokens_per_second"] > found["tokens_per_second"]
     with pytest.raises(ResourceError, match="below the"):
         inspection.predict(mapped.path, 1 << 20)
+
+
+def test_a_forecast_knows_what_earlier_runs_got_from_the_disk(
+    mapped: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "READINGS", 1)
+    monkeypatch.setattr(disk_module, "bandwidth", lambda *_: 2e9)
+
+    def load(name: str, config: Config) -> Usage:
+        known = Usage.none(config)
+        known.disk[:] = nbytes, nbytes  # 1 GB/s for each reader
+        return known
+
+    monkeypatch.setattr("ondevice.usage.load", load)
+    found = {}
+    for nbytes in (0, 1 << 40):
+        found[nbytes] = inspection.predict(mapped.path, small(mapped), context=CONTEXT)
+    assert found[0]["disk_bandwidth"] == pytest.approx(2e9)
+    both = (2e9 * READERS * 1e9) ** 0.5
+    assert found[1 << 40]["disk_bandwidth"] == pytest.approx(both)
+    assert found[1 << 40]["tokens_per_second"] > found[0]["tokens_per_second"]
 
 
 def test_a_tight_budget_shortens_a_context_that_nobody_asked_for(path: Path) -> None:

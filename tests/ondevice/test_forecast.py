@@ -3,7 +3,14 @@
 import pytest
 
 from ondevice.budget import plan
-from ondevice.forecast import COMPUTING, forecast, what_limits
+from ondevice.forecast import (
+    COMPUTING,
+    OVERLAP,
+    WRONG,
+    disk_rate,
+    forecast,
+    what_limits,
+)
 from tests.ondevice.test_budget import GIGABYTE, NEEDS, PATH
 
 
@@ -29,10 +36,21 @@ def test_in_memory_the_bandwidth_counts() -> None:
 
 def test_the_slower_of_two_counts() -> None:
     assert speed(8 * GIGABYTE, 1.0, 1e9) == pytest.approx(20 * COMPUTING)
-    disk_alone = 1e9 / (480 * 0.5 * NEEDS.expert)
+    disk_alone = 1e9 / (480 * 0.5 * (1 + WRONG) * NEEDS.expert)
     assert speed(8 * GIGABYTE, 0.5, 1e9) == pytest.approx(disk_alone, rel=0.02)
     both = speed(8 * GIGABYTE, 0.5, 1e9 * 20 * COMPUTING / disk_alone)
-    assert both == pytest.approx(20 * COMPUTING / 2**0.5, rel=0.01)
+    assert both == pytest.approx(20 * COMPUTING / 2 ** (1 / OVERLAP), rel=0.01)
+
+
+def test_what_computing_took_before_counts_more_than_bandwidth() -> None:
+    planned = plan(NEEDS, 8 * GIGABYTE, PATH)
+    found = forecast(planned, Rate(1.0), 480, 2 * 10**9, 40e9, 1e9, 0.1)  # type: ignore[arg-type]
+    assert found.tokens_per_second == pytest.approx(10)
+
+
+def test_the_disk_by_probe_and_by_runs() -> None:
+    assert disk_rate(2e9, None) == pytest.approx(2e9)
+    assert disk_rate(4e9, 1e9) == pytest.approx(2e9)
 
 
 def test_what_limits() -> None:

@@ -101,7 +101,7 @@ def config(tmp_path: Path) -> Config:
 
 def some(config: Config, value: int) -> Usage:
     counts = Usage.none(config)
-    for array in (counts.uses, counts.ended, counts.open):
+    for array in (counts.uses, counts.ended, counts.open, counts.disk):
         array[...] = value
     return counts
 
@@ -111,6 +111,23 @@ def test_counts_are_kept_and_fade(config: Config) -> None:
     again = usage.load("fades", config)
     assert (again.uses == 9).all()
     assert (again.ended == 9).all()
+
+
+def test_the_speed_of_the_disk() -> None:
+    counts = Usage(*(np.zeros(n, np.int64) for n in ((9, 9), BUCKETS, BUCKETS)))
+    counts.disk[:] = usage.ENOUGH_BYTES - 1, 10**9
+    assert counts.bytes_per_reading_second is None
+    counts.disk[:] = 4 * usage.ENOUGH_BYTES, 2 * 10**9
+    assert counts.bytes_per_reading_second == 2 * usage.ENOUGH_BYTES
+
+
+def test_the_time_of_computing() -> None:
+    counts = Usage(*(np.zeros(n, np.int64) for n in ((9, 9), BUCKETS, BUCKETS)))
+    counts.note_computing(2, usage.ENOUGH_TOKENS // 2, 1.0)
+    assert counts.computing_seconds(2) is None
+    counts.note_computing(2, usage.ENOUGH_TOKENS // 2, 3.0)
+    assert counts.computing_seconds(2) == pytest.approx(4 / usage.ENOUGH_TOKENS)
+    assert counts.computing_seconds(1) is None
 
 
 def test_a_damaged_profile_is_none(config: Config) -> None:
