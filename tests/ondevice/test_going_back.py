@@ -483,9 +483,9 @@ def test_foreign_files(saved: Path, small: Model, tmp_path: Path) -> None:
 
 def test_another_version(saved: Path, small: Model) -> None:
     raw = bytearray(saved.read_bytes())
-    raw[8] = 2
+    raw[8] = 1
     saved.write_bytes(raw)
-    assert_refused(small, saved, "has version 2 of the format; this program reads version 1")
+    assert_refused(small, saved, "has version 1 of the format; this program reads version 2")
 
 
 def test_another_model(saved: Path, small: Model, demo: Model) -> None:
