@@ -1,8 +1,8 @@
 """Several rows at once: ROWS vectors held in registers, one for each row of a small matrix product.
 
-What is loaded once meets every row: `fma_rows(sums, x, address, stride)` adds to row r the vector
-x times the number at address + r * stride. Rows are LLVM arrays of f32x16; ROWS is as many as leave
-the sums of two vectors per row in the registers of this machine.
+What is loaded once meets every row: `word_rows(dots, x, address, stride)` adds to row r what the
+vector x makes with the pair of numbers at address + r * stride. Rows are LLVM arrays of f32x16,
+dots of i32x16; ROWS is as many as leave two vectors per row in the registers of this machine.
 """
 
 from typing import Any
@@ -89,22 +89,6 @@ def store_rows(typing: Any, address: Any, stride: Any, rows: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, ROWS_TYPE), lower
-
-
-@intrinsic
-def fma_rows(typing: Any, rows: Any, x: Any, address: Any, stride: Any) -> Any:
-    """Each row + x times the row's number, the floats at address, address + stride, ..."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        result = args[0]
-        for row in range(ROWS):
-            number = _number(builder, _at(builder, args[2], args[3], row))
-            operands = [args[1], number, builder.extract_value(args[0], row)]
-            total = call(builder, "llvm.fma.v16f32", llvm_type(f32x16), operands)
-            result = builder.insert_value(result, total, row)
-        return result
-
-    return ROWS_TYPE(ROWS_TYPE, f32x16, types.int64, types.int64), lower
 
 
 @intrinsic
