@@ -7,7 +7,7 @@
                          reads from memory, so bandwidth / bytes per token bounds its speed
     state              = per sequence, of any length: the delta memories (value_heads x state x
                          state) and the convolution windows, float32
-    keys and values    = per token of context: attention layers x 2 x kv_heads x head_dim, float16
+    keys and values    = per token of context: attention layers x 2 x kv_heads x head_dim, 2 bytes
 
 The multi-token-prediction block is counted in `parameters` and in the file's bits per weight, and
 on its own as `mtp_parameters`; a plain decode step does not read it.

@@ -143,10 +143,9 @@ def test_decoding_uses_what_is_there(mapped: Model) -> None:
         model.ahead.depth.fixed = 0  # guesses touch other experts
         list(model.generate(TOKENS[:600], max_tokens=20, temperature=0.0))
         before = model.expert_counts
-        list(model.generate(TOKENS[:40], max_tokens=20, temperature=0.0))
-        found = model.expert_counts - before
-        # whether a guess arrives in time or late is a matter of the machine's load
-        assert found.misses < 0.1 * (found.hits + found.late + found.misses)
+        list(model.generate(TOKENS[:40], max_tokens=80, temperature=0.0))
+        rate = (model.expert_counts - before).hit_rate
+        assert rate > 0.9, rate
 
 
 # ---- budgets ----
