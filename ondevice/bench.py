@@ -27,10 +27,10 @@ import numpy as np
 
 from ondevice.experts import READERS, Counts
 from ondevice.forecast import what_limits
+from ondevice.generate import batch_of
 from ondevice.inspection import describe
 from ondevice.kernels import layout
 from ondevice.machine import Machine
-from ondevice.model import BATCH
 from ondevice.profile import DENSE, EXPERTS, Profile, table
 from ondevice.sampling import Sampling
 from ondevice.state import State, cache_bytes, memory_bytes
@@ -70,7 +70,8 @@ class Runner:
         self._step[[layout.SAMPLER, layout.HISTORY]] = addresses
         self._read(self._tokens[:depth])
         self._start = self._state.snapshot()
-        self.prefill_profile = Profile(model.programs["prefill"], model.threads, min(prompt, BATCH))
+        most = min(prompt, model.batch)
+        self.prefill_profile = Profile(model.programs["prefill"], model.threads, most)
         self.decode_profile = Profile(model.programs["decode"], model.threads)
 
     def prefill(self, profiled: bool = False) -> float:
@@ -109,13 +110,16 @@ class Runner:
 
     def _read(self, tokens: Array, profile: Array | None = None) -> int:
         """Take tokens into the state; returns the last one's row in its batch."""
-        for begin in range(0, len(tokens), BATCH):
-            batch = np.ascontiguousarray(tokens[begin : begin + BATCH])
+        begin, last = 0, 0
+        while begin < len(tokens):
+            last = batch_of(len(tokens) - begin, self._model.batch)
+            batch = np.ascontiguousarray(tokens[begin : begin + last])
+            begin += last
             if profile is None:
                 self._model.prefill(self._state, self._step, batch)
             else:
                 self._model.prefill(self._state, self._step, batch, profile=profile)
-        return (len(tokens) - 1) % BATCH
+        return last - 1
 
 
 class Measurement:

@@ -39,6 +39,12 @@ def with_options(sampling: Sampling, options: dict[str, Any]) -> Sampling:
     return dataclasses.replace(sampling, **given)
 
 
+def batch_of(tokens: int, most: int) -> int:
+    """How many to take of so many tokens, so that all batches are of about the same length."""
+    batches = -(-tokens // most)
+    return -(-tokens // batches)
+
+
 def _rate(count: int, seconds: float) -> float:
     """Per second; 0 where nothing was timed."""
     return count / seconds if seconds > 0 else 0.0
@@ -209,14 +215,12 @@ class Completion:
             self._when_ended()
 
     def _prefill(self) -> bool:
-        from ondevice.model import BATCH
-
         for stop in self._stops:
             while self._state.position < stop:
                 if self._cancelled:
                     return False
                 start = self._state.position
-                batch = self._history[start : min(start + BATCH, stop)]
+                batch = self._history[start : start + batch_of(stop - start, self._model.batch)]
                 if not self._model.prefill(self._state, self._step, batch):
                     return False
             if self._when_reached is not None and self._state.position == stop:

@@ -96,13 +96,18 @@ def predict(
     from ondevice.forecast import disk_rate, forecast, what_limits
     from ondevice.kernels.team import Team
     from ondevice.machine import Machine
-    from ondevice.model import Model, default_threads
+    from ondevice.planning import Options, default_threads, earlier_use, planned
 
-    planned = Model.planned(Path(path), threads, context, memory, kv)
+    file = GGUFFile.open(Path(path))
+    try:
+        found = planned(file, Options(Path(path), threads, context, memory, kv))
+        _, usage = earlier_use(file, found)
+    finally:
+        file.close()
     described = describe(path)
-    config, plan = described["config"], planned.plan
+    config, plan = described["config"], found.plan
     token = described["bytes_per_token"] + 2 * described["state_bytes"]
-    token += planned.likely_router_bytes if plan.cached else 0
+    token += found.likely_router_bytes if plan.cached else 0
     threads = threads or default_threads()
     team, rate = Team(threads), 0.0
     try:
@@ -110,19 +115,19 @@ def predict(
         readings = [machine.read_bandwidth() for _ in range(READINGS)]
         if plan.cached:
             probed = disk.bandwidth(Path(path), plan.needs.slice, READERS)
-            noted = planned.usage.bytes_per_reading_second
+            noted = usage.bytes_per_reading_second
             rate = disk_rate(probed, noted and noted * READERS)
         readings += [machine.read_bandwidth() for _ in range(READINGS)]
     finally:
         team.close()
     memory_rate = sorted(readings)[int(SURE * len(readings))]
     uses = config["layers"] * config["experts_used"]
-    computing = planned.usage.computing_seconds(threads) if plan.cached else None
-    predicted = forecast(plan, planned.usage, uses, token, memory_rate, rate, computing)
+    computing = usage.computing_seconds(threads) if plan.cached else None
+    predicted = forecast(plan, usage, uses, token, memory_rate, rate, computing)
     share = 1 - predicted.computing / predicted.seconds
     return {
         "budget": memory,
-        "context": planned.context,
+        "context": found.context,
         "experts_from": "disk" if plan.cached else "memory",
         "total": plan.total,
         "parts": plan.parts(),
@@ -130,7 +135,7 @@ def predict(
         "read_bandwidth": memory_rate,
         "disk_bandwidth": rate,
         "expert_hit_rate": predicted.hit_rate,
-        "hit_rate_from": planned.usage.source,
+        "hit_rate_from": usage.source,
         "disk_bytes_per_token": predicted.disk_bytes,
         "tokens_per_second": predicted.tokens_per_second,
         "limited_by": what_limits(plan, predicted.hit_rate, share),

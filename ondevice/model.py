@@ -1,20 +1,13 @@
-"""A model that is open: its forward pass, written down once as programs, and the threads to run it.
+"""A model that is open: its programs (forward.py), the threads to run them, and what it knows.
 
-    x = embedding(tokens)
-    for each layer:   x = x + mix(norm(x));  x = x + experts(norm(x))
-    logits = output(norm(x))
-
-Three programs share the same buffers: `prefill` takes a batch of tokens into a state, `head` gives
-logits for rows of that batch, and `decode` takes one token, chooses the next, and goes on with it
-until a limit, an end token or a request to stop, all in one native call. Those that guess tokens
-ahead are in speculate.py.
+Calls queue: one runs at a time, natively, on all threads. A call that fails leaves a state as it
+was, or, where some layers have taken a token in that others have not, empty.
 """
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,34 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ondevice import usage
-from ondevice.budget import Needs, Plan, available, plan
+from ondevice.budget import available
 from ondevice.chat import Template
-from ondevice.config import Config
 from ondevice.experts import Counts, Pool
+from ondevice.forward import HEAD_ROWS, Forward
 from ondevice.gguf_file import GGUFFile
-from ondevice.kernels import ahead, expand, layout, sample
+from ondevice.kernels import ahead, layout
 from ondevice.kernels.ahead import MOST_DRAFTS
-from ondevice.kernels.attention import CACHES
-from ondevice.kernels.formats import READERS
-from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.store import read
-from ondevice.kernels.team import MOST_THREADS, Team, begin, serve
-from ondevice.layers.attention import attention, positions
-from ondevice.layers.deltanet import deltanet
-from ondevice.layers.moe import moe
+from ondevice.kernels.team import Team, begin, serve
 from ondevice.pace import Pace
-from ondevice.program import Operations, Program, zeros
+from ondevice.planning import Options, earlier_use, planned
+from ondevice.program import Operations, zeros
 from ondevice.prompt_cache import PromptCache, reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import LEAST_MEMORY, Snapshots
-from ondevice.speculate import MODES, Ahead, remember
-from ondevice.speculate import state_bytes as ahead_bytes
-from ondevice.state import Snapshot, State, cache_bytes
-from ondevice.state import memory_bytes as state_bytes
+from ondevice.state import Snapshot, State
 from ondevice.tokenizer import Tokenizer
 from ondevice.weights import Weights
 from quant.compiling import Compilation, Report
-from quant.cores import cores
 from quant.errors import Error, UsageError
 from quant.format import Array
 
@@ -57,30 +41,10 @@ if TYPE_CHECKING:
     from ondevice.generate import Completion
     from ondevice.session import Session
 
-BATCH = 512
-"""Tokens of a prefill batch."""
-HEAD_ROWS = 16
-"""Rows that the output head computes at a time."""
-DEFAULT_CONTEXT = 32768
-LEAST_CONTEXT = 4096
-CONTEXT_SHARE = 0.1
-"""Of a budget that the file does not fit into, what the default context's keys and values may take;
-down to LEAST_CONTEXT tokens."""
 RESERVE = 256 << 20
 """Bytes of free memory below which the pool of experts gives some back."""
 LOOK_SECONDS = 0.25
 """Time between two looks at what is free."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What opening a model would take."""
-
-    plan: Plan
-    context: int
-    usage: usage.Usage
-    """What earlier runs noted of its experts."""
-    likely_router_bytes: int
 
 
 class Model:
@@ -100,23 +64,30 @@ class Model:
         started = time.perf_counter()
         self.path = path
         self._closed = False
-        self.kv = _cache_type(kv)
-        self.mtp = _mode(mtp)
-        self.ahead: Ahead | None = None
+        self.kv, self.mtp = kv, mtp
         self._pool: Pool | None = None
         self._file = GGUFFile.open(path)
         try:
-            threads = _threads(threads)
-            self._prepare(context, threads, memory)
+            options = Options(path, threads, context, memory, kv, mtp)
+            found = planned(self._file, options)
+            self.config, self.plan, self.context = found.config, found.plan, found.context
+            self.batch = found.batch
+            """Tokens of a prefill batch, at most."""
             building = time.perf_counter()
             functions = [begin, serve]
+            weights = Weights(self._file, self.config)
             if self.plan.cached:
-                self._pool = Pool(Weights(self._file, self.config), self._config_of_pool())
+                self._pool = Pool(weights, found.pool_config)
                 self._pool.open()
                 weights = Weights(self._file, self.config, self._pool.read_tensor)
-                self._build(weights, threads)
                 functions.append(read)
-            compilation = Compilation([*functions, *self._kernels()], progress)
+            forward = Forward(
+                self.config, weights, found.threads, kv, mtp, self._pool, self.batch,
+                found.stage_bytes,
+            )  # fmt: skip
+            self.ahead, self._forward = forward.ahead, forward
+            self._scratch = zeros(found.threads * forward.scratch_bytes)
+            compilation = Compilation([*functions, *forward.kernels], progress)
             self.compile_seconds = time.perf_counter() - building
             with compilation:
                 self.tokenizer = Tokenizer.from_metadata(self._file.metadata, path)
@@ -126,12 +97,11 @@ class Model:
                 waiting = time.perf_counter()
             self.compile_seconds += time.perf_counter() - waiting
             if self._pool is not None:
-                self._usage_name = usage.identity(self._file, self._config_of_pool())
-                self._usage = usage.load(self._usage_name, self._config_of_pool())
+                self._usage_name, self._usage = earlier_use(self._file, found)
                 self._pool.allocate(self.plan.pool)
-            self._team = Team(threads)
+            self._team = Team(found.threads)
             # how long a token waits for the disk says nothing about threads
-            self._pace = Pace(threads, fixed=self._pool is not None)
+            self._pace = Pace(found.threads, fixed=self._pool is not None)
             self.snapshots = Snapshots(max(LEAST_MEMORY, self.plan.needs.delta_memory))
         except BaseException:
             if self._pool is not None:
@@ -152,135 +122,6 @@ class Model:
             self._warming = threading.Thread(target=self._pool.warm, args=warming, daemon=True)
             self._warming.start()
         self.load_seconds = time.perf_counter() - started
-
-    @classmethod
-    def planned(
-        cls,
-        path: Path,
-        threads: int | None = None,
-        context: int | None = None,
-        memory: int | None = None,
-        kv: str = "i16",
-    ) -> "Planned":
-        """Where the bytes would go if the model were opened so, and what is known of its use."""
-        model = cls.__new__(cls)
-        model.path, model.kv, model.mtp = path, _cache_type(kv), "auto"
-        model.ahead, model._pool = None, None
-        model._file = GGUFFile.open(path)
-        try:
-            model._prepare(context, _threads(threads), memory)
-            config = model._config_of_pool()
-            known = usage.load(usage.identity(model._file, config), config)
-            weights = Weights(model._file, model.config)
-            return Planned(model.plan, model.context, known, weights.likely_router_bytes)
-        finally:
-            model._programs = ()
-            model._file.close()
-
-    def _prepare(self, context: int | None, threads: int, memory: int | None) -> None:
-        """Configuration, programs on the mapped file, and the plan.
-
-        A context that nobody asked for is made smaller where it would take much of a budget.
-        """
-        self.config = Config.from_gguf(self._file)
-        if self.mtp == "on" and not self.config.mtp_layers:
-            raise UsageError(
-                f"{self.path}: the file has no multi-token-prediction block to guess with; "
-                "use auto or off"
-            )
-        self.context = _context(context, self.config)
-        weights = Weights(self._file, self.config)
-        weights.check()
-        self._build(weights, threads)
-        budget = memory if isinstance(memory, int) else available()
-        needs = self._needs(weights)
-        if context is None and budget is not None and needs.mapped > budget:
-            while needs.keys_and_values > CONTEXT_SHARE * budget or needs.least > budget:
-                if self.context // 2 < LEAST_CONTEXT:
-                    break
-                self.context //= 2
-                needs = self._needs(weights)
-        self.plan = plan(needs, memory, self.path)
-
-    def _build(self, weights: Weights, threads: int) -> None:
-        config = self.config
-        program = Program(BATCH, threads)
-        embedding, output = weights.embedding(), weights.output()
-        x = program.buffer("x", 4 * config.hidden)
-        program.add(
-            expand.embed,
-            *(program.keep_matrix(embedding), embedding.row_bytes, embedding.columns),
-            READERS[embedding.format.name].expand,
-            *(x.address, x.row_bytes),
-            per_token=True,
-            then=layout.CHAIN,
-        )
-        batch = positions(program, config)
-        for layer, recurrent in enumerate(config.recurrent):
-            index = config.recurrent[:layer].count(recurrent)
-            if recurrent:
-                mixed = deltanet(program, config, weights, layer, x, index)
-            else:
-                mixed = attention(program, config, weights, layer, x, batch, index, self.kv)
-            moe(program, config, weights, layer, x, mixed, self._pool)
-        self._prefill = program.take()
-        head = Program(HEAD_ROWS, threads)
-        output_norm = weights.vector("output_norm.weight", config.hidden)
-        predicts = self.mtp != "off" and config.mtp_layers > 0
-        record = ahead.new_record()
-        then = layout.CHAIN if predicts else layout.BARRIER
-        h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,), then=then)
-        if predicts:
-            remember(head, record, h.floats, config.hidden)
-        self._logits = head.linear(output, h, "logits")
-        self._head = head.take()
-        self._programs: tuple[Program, ...] = (program, head)
-        if self.mtp != "off":
-            self.ahead = Ahead(
-                config, record, self._prefill, self._head, self._logits, threads, self.mtp
-            )
-            if predicts:
-                self.ahead.add_head(program, weights, x, output_norm, self.kv, self._pool)
-            self._programs += self.ahead.programs
-        head.add(sample.sample)
-        self._decode = self._prefill + self._head + head.take()
-        most = max(program.scratch_bytes for program in self._programs)
-        self.scratch_bytes = -(-most // 64) * 64
-        self._scratch = zeros(threads * self.scratch_bytes)
-
-    def _kernels(self) -> list[CompiledFunction]:
-        """All kernels that may run."""
-        programs = self._decode if self.ahead is None else self._decode + self.ahead.kernels
-        return programs.kernels
-
-    def _needs(self, weights: Weights) -> Needs:
-        config = self.config
-        pool = Pool(weights, self._config_of_pool())
-        extra = ahead_bytes(config, self.context, self.kv) if self.ahead else 0
-        dense = weights.dense_bytes + weights.likely_router_bytes
-        return Needs(
-            file=self._file.nbytes,
-            dense=dense + (weights.prediction_bytes if self._predicts else 0),
-            keys_and_values=cache_bytes(config, self.context, self.kv),
-            delta_memory=state_bytes(config),
-            buffers=sum(program.nbytes for program in self._programs)
-            + self._scratch.nbytes
-            + extra,
-            least_pool=pool.least_bytes,
-            most_pool=pool.most_bytes,
-            expert=pool.expert_bytes,
-            slice=pool.slice_bytes,
-        )
-
-    @property
-    def _predicts(self) -> bool:
-        """Whether the multi-token-prediction block is in use."""
-        return self.mtp != "off" and self.config.mtp_layers > 0
-
-    def _config_of_pool(self) -> Config:
-        """The configuration in whose layers the pool finds experts: with those of the block."""
-        config = self.config
-        return replace(config, layers=config.layers + 1) if self._predicts else config
 
     @property
     def expert_counts(self) -> Counts:
@@ -304,13 +145,14 @@ class Model:
         words[layout.CACHE] = state.cache.ctypes.data
         words[layout.CONTEXT] = state.capacity
         words[layout.SCRATCH] = self._scratch.ctypes.data
-        words[layout.SCRATCH_BYTES] = self.scratch_bytes
+        words[layout.SCRATCH_BYTES] = self._forward.scratch_bytes
         return words
 
     @property
     def programs(self) -> dict[str, Operations]:
         """What `prefill`, `decode` and the output head run, by these names."""
-        return {"prefill": self._prefill, "decode": self._decode, "head": self._head}
+        forward = self._forward
+        return {"prefill": forward.prefill, "decode": forward.decode, "head": forward.head}
 
     def _begin(
         self, state: State, step: Array, count: int, depth: int = 0, cycles: int = 0
@@ -376,7 +218,7 @@ class Model:
     def prefill(
         self, state: State, step: Array, tokens: Array, profile: Array | None = None
     ) -> bool:
-        """Take at most BATCH tokens (int32) into the state.
+        """Take at most `batch` tokens (int32) into the state.
 
         False if that was aborted; the state is then unchanged. `profile` as in `Team.run`.
         """
@@ -388,7 +230,7 @@ class Model:
                 self._follow_trunk(team, state, step)
                 self._begin(state, step, count)
                 step[[layout.TOKENS, layout.REPEAT]] = tokens.ctypes.data, 0
-                self._run(team, self._prefill, step, profile)
+                self._run(team, self._forward.prefill, step, profile)
                 aborted = bool(step[layout.ABORT]) and count > 1
                 if not aborted:
                     state.position += count
@@ -453,7 +295,7 @@ class Model:
             waited, started = self.expert_counts.waiting, time.perf_counter()
             chosen = threads or self._pace.choose()
             try:
-                self._run(team, self._decode, step, profile, chosen)
+                self._run(team, self._forward.decode, step, profile, chosen)
             except Error:
                 state.reset()  # some layers have taken a token in that others have not
                 step[[layout.POSITION, layout.PENDING]] = 0
@@ -565,7 +407,8 @@ class Model:
 
     def _logit_rows(self, rows: int) -> Array:
         """(rows, vocabulary) f32: what the head has computed."""
-        values = self._logits.memory[: HEAD_ROWS * self._logits.row_bytes].view(np.float32)
+        logits = self._forward.logits
+        values = logits.memory[: HEAD_ROWS * logits.row_bytes].view(np.float32)
         return values.reshape(HEAD_ROWS, -1)[:rows, : self.config.vocabulary]
 
     # ---- what an application calls ----
@@ -598,13 +441,15 @@ class Model:
             f"token {wrong[0]!r} does not exist; {self.path} has 0 to {vocabulary - 1}"
         )
 
-    def logits(self, tokens: Sequence[int], batch: int = BATCH) -> Array:
+    def logits(self, tokens: Sequence[int], batch: int | None = None) -> Array:
         """(len(tokens), vocabulary) f32: row i predicts token i + 1, given tokens 0 .. i.
 
-        The result does not depend on `batch`, the tokens of a prefill batch (1 to 512).
+        The result does not depend on `batch`, the tokens of a prefill batch (1 to the model's).
         """
-        if not isinstance(batch, int) or not 1 <= batch <= BATCH:
-            raise UsageError(f"batch is {batch}; it must be from 1 to {BATCH}")
+        if batch is None:
+            batch = self.batch
+        if not isinstance(batch, int) or not 1 <= batch <= self.batch:
+            raise UsageError(f"batch is {batch}; it must be from 1 to {self.batch}")
         ids = self.checked(tokens)
         self.check_room(len(ids))
         vocabulary = self.config.vocabulary
@@ -618,11 +463,11 @@ class Model:
                 state.position = start
                 self._begin(state, step, count)
                 step[layout.TOKENS] = tokens_of_batch.ctypes.data
-                self._run(team, self._prefill, step)
+                self._run(team, self._forward.prefill, step)
                 for first in range(0, count, HEAD_ROWS):
                     rows = min(HEAD_ROWS, count - first)
                     step[[layout.COUNT, layout.FIRST]] = rows, first
-                    self._run(team, self._head, step)
+                    self._run(team, self._forward.head, step)
                     result[start + first : start + first + rows] = self._logit_rows(rows)
         return result
 
@@ -689,7 +534,7 @@ class Model:
     @property
     def logits_address(self) -> int:
         """Where the head writes the logits of its first row."""
-        return self._logits.address
+        return self._forward.logits.address
 
     def close(self) -> None:
         """Stop the threads and let go of the file; the model is of no further use."""
@@ -701,7 +546,7 @@ class Model:
                 if self._pool is not None:
                     usage.save(self._usage_name, self._usage, self._pool.usage)
                     self._pool.close()
-                self._programs = ()  # they hold on to the file's memory
+                self._forward.close()
                 self._file.close()
 
     def __enter__(self) -> "Model":
@@ -711,48 +556,9 @@ class Model:
         self.close()
 
 
-def default_threads() -> int:
-    """As many as there are cores for this process."""
-    return min(cores(), MOST_THREADS)
-
-
-def _threads(wanted: int | None) -> int:
-    if wanted is None:
-        return default_threads()
-    if not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
-        raise UsageError(
-            f"threads is {wanted!r}; it must be a whole number from 1 to {MOST_THREADS}"
-        )
-    return wanted
-
-
-def _cache_type(name: str) -> str:
-    """How keys and values are kept."""
-    if name not in CACHES:
-        raise UsageError(f"kv is {name!r}; it must be one of {', '.join(CACHES)}")
-    return name
-
-
-def _mode(name: str) -> str:
-    """Whether to guess tokens ahead."""
-    if name not in MODES:
-        raise UsageError(f"mtp is {name!r}; it must be one of {', '.join(MODES)}")
-    return name
-
-
 def _recommended(path: Path, metadata: dict[str, Any]) -> Sampling:
     """The file's sampling defaults; Error if they are out of range."""
     try:
         return Sampling.from_metadata(metadata)
     except UsageError as error:
         raise Error(f"{path}: general.sampling: {error}") from None
-
-
-def _context(wanted: int | None, config: Config) -> int:
-    if wanted is None:
-        return min(config.context_length, DEFAULT_CONTEXT)
-    if not isinstance(wanted, int) or not 1 <= wanted <= config.context_length:
-        raise UsageError(
-            f"the context is {wanted}; this model takes 1 to {config.context_length} tokens"
-        )
-    return wanted

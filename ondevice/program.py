@@ -3,11 +3,15 @@
 A `Program` is filled once, when a model is opened: each method here adds one operation record and
 returns the buffer that it will write. Running it (kernels.team) costs no Python. Buffers hold one
 row for each token of a batch; a name asked for again, by the next layer, is the same memory.
+
+What is wanted within a *stage* only, as the inside of a token mixer, may lie where other stages
+have theirs. How much memory they share is known when everything is written down: so a program is
+written for batches of one token first, and then, with that one's `stage_bytes`, for good.
 """
 
 import mmap
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -124,10 +128,15 @@ class Operations:
 class Program:
     """Operations for batches of up to `capacity` tokens on `threads` threads."""
 
-    def __init__(self, capacity: int, threads: int) -> None:
+    def __init__(self, capacity: int, threads: int, stage_bytes: int = 0) -> None:
+        """stage_bytes: as an earlier program with the same operations has it; with 0 nothing is
+        shared."""
         self.capacity = capacity
         self.threads = threads
         self.scratch_bytes = 0
+        self._shared = zeros(capacity * stage_bytes) if stage_bytes else None
+        self._stage: str | None = None
+        self._staged: dict[str, int] = {}  # bytes for a token, by stage
         self._buffers: dict[str, Buffer] = {}
         self._operations: list[list[int | CompiledFunction]] = []
         self._labels: list[str] = []
@@ -142,13 +151,50 @@ class Program:
         sets of the caches.
         """
         row_bytes = (-(-row_bytes // LINE) | 1) * LINE
-        rows = self.capacity * rows_per_token
         known = self._buffers.get(name)
         if known is None:
-            known = Buffer(zeros(rows * row_bytes), row_bytes)
+            known = Buffer(self._memory(rows_per_token * row_bytes), row_bytes)
             self._buffers[name] = known
-        assert known.row_bytes == row_bytes and known.memory.nbytes >= rows * row_bytes, name
+        nbytes = self.capacity * rows_per_token * row_bytes
+        assert known.row_bytes == row_bytes and known.memory.nbytes >= nbytes, name
         return known
+
+    def numbers(self, name: str, count: int) -> int:
+        """Address of `count` numbers of 4 bytes for each token, with nothing between tokens.
+
+        They are few, and share no memory with other stages, whatever the stage.
+        """
+        known = self._buffers.get(name)
+        if known is None:
+            known = Buffer(zeros(4 * count * self.capacity), 4 * count)
+            self._buffers[name] = known
+        assert known.row_bytes == 4 * count, name
+        return known.address
+
+    def _memory(self, token_bytes: int) -> Array:
+        """So many bytes, whole cache lines, for each token."""
+        nbytes = self.capacity * token_bytes
+        if self._stage is None:
+            return zeros(nbytes)
+        start = self._staged.get(self._stage, 0)
+        self._staged[self._stage] = start + token_bytes
+        if self._shared is None:
+            return zeros(nbytes)
+        memory = self._shared[self.capacity * start :][:nbytes]
+        assert memory.nbytes == nbytes, self._stage
+        return memory
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """New buffers are wanted within this stage only, which begins and ends at barriers."""
+        outer, self._stage = self._stage, name
+        yield
+        self._stage = outer
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes for a token that the largest stage takes."""
+        return max(self._staged.values(), default=0)
 
     def keep(self, array: Array) -> int:
         """Hold on to an array that operations point to; returns its address."""
@@ -162,8 +208,9 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.memory.nbytes for buffer in self._buffers.values())
+        """Bytes of all buffers, if stages share."""
+        own = sum(buffer.memory.nbytes for buffer in self._buffers.values())
+        return own - self.capacity * (sum(self._staged.values()) - self.stage_bytes)
 
     # ---- operations ----
 

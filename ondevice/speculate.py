@@ -17,7 +17,7 @@ from ondevice.config import Config
 from ondevice.depth import Depth
 from ondevice.experts import Pool
 from ondevice.kernels import ahead, delta, layout
-from ondevice.kernels.ahead import MOST_DRAFTS, MOST_LACKING, RING_ROWS
+from ondevice.kernels.ahead import MOST_DRAFTS, ring_rows
 from ondevice.kernels.attention import CACHES
 from ondevice.kernels.layout import WORD
 from ondevice.layers.mtp import Head, head
@@ -38,13 +38,14 @@ class Prediction:
     """What the multi-token-prediction block remembers of a sequence.
 
     Its cache has the trunk's positions `start` to `end` - 1, the ring the trunk's vectors of
-    `kept` to `upto` - 1. A cache that cannot follow the trunk any more begins anew: rotary
-    positions are relative, and a guess may know less of the past.
+    `kept` to `upto` - 1, at most a batch of them. A cache that cannot follow the trunk any more
+    begins anew: rotary positions are relative, and a guess may know less of the past.
     """
 
-    def __init__(self, config: Config, capacity: int, kv: str) -> None:
+    def __init__(self, config: Config, capacity: int, kv: str, batch: int) -> None:
         self.cache = zeros(head_cache_bytes(config, capacity, kv))
-        self.ring = zeros(ring_bytes(config))
+        self.ring = zeros(ring_bytes(config, batch))
+        self.batch = batch
         self.start = self.end = 0
         self.kept = self.upto = 0
 
@@ -60,7 +61,7 @@ class Prediction:
         if begin != self.upto:
             self.kept = begin
         self.upto = end
-        self.kept = max(self.kept, end - MOST_LACKING)
+        self.kept = max(self.kept, end - self.batch)
 
     def ready(self, position: int) -> bool:
         """Whether the ring has what the cache lacks before this position, at least its last."""
@@ -76,15 +77,17 @@ def head_cache_bytes(config: Config, context: int, kv: str) -> int:
     return CACHES[kv].bytes(config.kv_heads, config.head_dim, context)
 
 
-def ring_bytes(config: Config) -> int:
+def ring_bytes(config: Config, batch: int) -> int:
     """Bytes of the trunk's last vectors."""
-    return 4 * config.hidden * RING_ROWS
+    return 4 * config.hidden * ring_rows(batch)
 
 
-def state_bytes(config: Config, context: int, kv: str) -> int:
-    """Bytes that guessing ahead adds to a state."""
-    head = head_cache_bytes(config, context, kv) + ring_bytes(config) if config.mtp_layers else 0
-    return journal_bytes(config) + head
+def state_bytes(config: Config, context: int, kv: str, batch: int) -> int:
+    """Bytes that guessing ahead adds to a state, with prompts read in such batches."""
+    nbytes = journal_bytes(config)
+    if config.mtp_layers:
+        nbytes += head_cache_bytes(config, context, kv) + ring_bytes(config, batch)
+    return nbytes
 
 
 class Ahead:
@@ -125,7 +128,8 @@ class Ahead:
     ) -> None:  # fmt: skip
         """Guess with the file's block, whose programs share the buffers of `program`."""
         config, epsilon = self.config, self.config.norm_epsilon
-        h = program.norm(x, norm, epsilon, "hidden", (), then=layout.CHAIN)
+        with program.stage("hidden"):
+            h = program.norm(x, norm, epsilon, "hidden", (), then=layout.CHAIN)
         remember(program, self.record, h.floats, config.hidden)
         self.hidden = program.take()
         self.head = head(program, config, weights, x, kv, pool, self._address)
@@ -158,9 +162,9 @@ class Ahead:
         try:
             state.journal = zeros(journal_bytes(self.config))
             if self.predicts:
-                state.prediction = Prediction(self.config, state.capacity, model.kv)
+                state.prediction = Prediction(self.config, state.capacity, model.kv, model.batch)
         except MemoryError:
-            needed = state_bytes(self.config, state.capacity, model.kv)
+            needed = state_bytes(self.config, state.capacity, model.kv, model.batch)
             raise ResourceError(
                 f"no memory for guessing tokens ahead, which takes {needed:,} bytes; "
                 "turn it off, or choose a smaller context"

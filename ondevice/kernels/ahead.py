@@ -11,14 +11,14 @@ last tokens when they were there before (Saxena, 2023, "Prompt Lookup Decoding")
 
 The block has a cache and positions of its own, from the trunk's position START on, and is up to
 date before END. It reads the trunk's vectors after the final norm: the ring keeps those of the last
-RING_ROWS positions, position p in row p % RING_ROWS.
+RING_ROWS positions, position p in row p % RING_ROWS; as many as a batch has, and some for drafts.
 
 The record (int64 words): depth wanted; drafts of this cycle; drafts made so far; two flags for
 jumps; the trunk's position and cache while the block runs; the block's cache, start and end; the
 ring; the tokens to check, int32, the certain one first; for tests, the true tokens by position,
 how many, and the chance (f64) that a draft is true; cycles; per place, how often a draft was
 compared with the token chosen, and how often it was that token; drafts in all; cycles that this
-run of the loop may still make.
+run of the loop may still make; rows of the ring.
 """
 
 import numpy as np
@@ -69,9 +69,8 @@ RING, CHECKED, TRUTH, TRUTH_LENGTH, CHANCE, CYCLES = range(10, 16)
 COMPARED, RIGHT = 16, 16 + MOST_DRAFTS
 TOTAL = RIGHT + MOST_DRAFTS
 CYCLES_LEFT = TOTAL + 1
-RECORD_WORDS = CYCLES_LEFT + 1
-MOST_LACKING = 512  # positions that the block can be behind
-RING_ROWS = MOST_LACKING + 16  # and those of drafts
+RING_ROWS = CYCLES_LEFT + 1
+RECORD_WORDS = RING_ROWS + 1
 LONGEST_MATCH = 4
 SHORTEST_MATCH = 2
 
@@ -83,7 +82,7 @@ def remember(op, step, t, scratch):
     columns, ring = argument(op, 3), word(record, RING)
     if ring != 0:
         position = word(step, POSITION) + word(step, FIRST) + t
-        target = ring + 4 * columns * (position % RING_ROWS)
+        target = ring + 4 * columns * (position % word(record, RING_ROWS))
         for c in range(0, columns, 16):
             left = columns - c
             store_some(target + 4 * c, load_some(x + t * x_bytes + 4 * c, left), left)
@@ -107,7 +106,8 @@ def head_inputs(op, step, t, scratch):
     made = word(record, MADE)
     if made == 0:
         position = word(record, START) + word(step, POSITION) + t
-        hidden = word(record, RING) + 4 * columns * (position % RING_ROWS)
+        row = position % word(record, RING_ROWS)
+        hidden = word(record, RING) + 4 * columns * row
         token = load_i32(word(step, HISTORY) + 4 * (position + 1))
     else:
         token = load_i32(word(record, CHECKED) + 4 * made)
@@ -286,8 +286,14 @@ def settled(op, step, task, scratch):
     store_i64(step + WORD * PENDING, 0)
 
 
-def new_record() -> np.ndarray:
+def ring_rows(batch: int) -> int:
+    """Rows of the ring of a block that can be a batch behind."""
+    return batch + -(-MOST_DRAFTS // 16) * 16
+
+
+def new_record(batch: int) -> np.ndarray:
     """A record with room for the tokens to check behind its words."""
     record = np.zeros(RECORD_WORDS + (2 + MOST_DRAFTS) // 2 + 1, np.int64)
     record[CHECKED] = record[RECORD_WORDS:].ctypes.data
+    record[RING_ROWS] = ring_rows(batch)
     return record

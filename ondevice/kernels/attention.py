@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ondevice.kernels import cache_i16, cache_q8_0
-from ondevice.kernels.activation import exponential, quantize_row, sigmoid
+from ondevice.kernels.activation import exponential_2, quantize_row, sigmoid
 from ondevice.kernels.cache import (
     BLOCK,
     GROUP,
@@ -175,8 +175,8 @@ def merge_row(first, width, top, total, output, merged_top, merged_total, merged
         return
     before = load_f32(merged_top)
     now = max(before, top)
-    kept = lane_maximum(exponential(splat(f32x16, before - now)))
-    added = lane_maximum(exponential(splat(f32x16, top - now)))
+    kept = lane_maximum(exponential_2(splat(f32x16, before - now)))
+    added = lane_maximum(exponential_2(splat(f32x16, top - now)))
     store_f32(merged_top, now)
     store_f32(merged_total, fma(load_f32(merged_total), kept, total * added))
     for c in range(0, width, 16):
@@ -196,7 +196,7 @@ def attend_block(kind, op, step, task, scratch):
     size, out, out_bytes = argument(op, 4), argument(op, 5), argument(op, 6)
     partials = argument(op, 8)
     layer, width = argument(op, 7), (size + 31) // 32 * 32
-    scale = np.float32(1.0) / np.float32(math.sqrt(np.float32(size)))
+    scale = np.float32(1 / (math.log(2) * math.sqrt(size)))
     ratio, own, index = heads // kv_heads, task % kv_heads, task // kv_heads
     per_token = (ratio + ROWS - 1) // ROWS
     item = bytes_of_set(width)

@@ -13,14 +13,17 @@ and have an order.
 Products are made for a *set*: ROWS heads of one token that read the same KV head. It is, in f32,
 
     queries (ROWS, width) | outputs (ROWS, width) | merged outputs (ROWS, width) |
-    shares (ROWS, TILE) | maxima | sums | factors | greatest | merged maxima | merged sums: 16 each
+    shares (ROWS, TILE) | maxima | sums | factors | worth | merged maxima | merged sums: 16 each |
+    parts (3, ROWS, 16)
+
+Scores are kept in units of ln 2: shares are powers of two.
 """
 
 import numpy as np
 
-from ondevice.kernels.activation import exponential
+from ondevice.kernels.activation import exponential_2
 from ondevice.kernels.dot.tile import ByLayout
-from ondevice.kernels.rows import ROWS
+from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
 from ondevice.kernels.simd import (
     absolute,
     convert,
@@ -37,7 +40,6 @@ from ondevice.kernels.simd import (
     nearest,
     splat,
     store,
-    store_f32,
     zero,
 )
 from quant.jit import inner
@@ -48,6 +50,7 @@ BLOCK = 8  # most tokens that go over a tile together
 PARTS = 16  # most chunks of a token
 SHORTEST = 256  # positions of a chunk
 LOWEST = np.float32(-1e30)
+LEAST = np.float32(1e-38)
 
 
 def head_width(size: int) -> int:
@@ -57,12 +60,12 @@ def head_width(size: int) -> int:
 
 def set_bytes(size: int) -> int:
     """Bytes of a set."""
-    return 4 * (ROWS * (3 * head_width(size) + TILE) + 6 * 16)
+    return 4 * (ROWS * (3 * head_width(size) + TILE + 3 * 16) + 6 * 16)
 
 
 @inner
 def bytes_of_set(width):
-    return 4 * (ROWS * (3 * width + TILE) + 96)
+    return 4 * (ROWS * (3 * width + TILE + 48) + 96)
 
 
 @inner
@@ -167,7 +170,7 @@ def value_scales(kind, tile, width, place):
 
 
 def share_scale(kind, greatest, total):
-    """The scale of a row's shares, from their greatest and their sum."""
+    """The scales of all rows' shares (f32x16), from their greatest and their sums."""
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -195,47 +198,53 @@ STORE_SHARES, ADD_VALUES = ByLayout(store_shares), ByLayout(add_values)
 
 @inner
 def share_out(kind, rows, width, count, tile, scale):
-    """Scores of a tile to whole numbers; `greatest` becomes what one of them is worth."""
+    """Scores of a tile to whole numbers; `worth` becomes what one of them is worth.
+
+    scale: of the scores, to units of ln 2.
+    """
     numbers = numbers_of(rows, width)
     maxima, sums, factors, worth = numbers, numbers + 64, numbers + 128, numbers + 192
-    shares = rows + 12 * ROWS * width
+    shares, parts = rows + 12 * ROWS * width, numbers + 384
+    totals, weights = parts + 64 * ROWS, parts + 128 * ROWS
     for r in range(ROWS):
-        row = shares + 4 * TILE * r
-        greatest = splat(f32x16, LOWEST)
-        for p in range(0, count, 16):
-            value = first_lanes(load(f32x16, row + 4 * p) * scale, count - p, LOWEST)
-            store(row + 4 * p, value)
-            greatest = maximum(greatest, value)
-        store_f32(worth + 4 * r, lane_maximum(greatest))
-    before = load(f32x16, maxima)
-    now = maximum(load(f32x16, worth), before)
-    store(maxima, now)
-    store(factors, exponential(before - now))
-    for r in range(ROWS):
-        row = shares + 4 * TILE * r
-        top, total = load_f32(maxima + 4 * r), zero(f32x16)
-        greatest, weight = zero(f32x16), zero(f32x16)
-        for p in range(0, count, 16):
-            share = exponential(load(f32x16, row + 4 * p) - splat(f32x16, top))
-            total = total + share
-            scaled = share * value_scales(kind, tile, width, p)
-            worthy = first_lanes(scaled, count - p, np.float32(0))
-            store(row + 4 * p, worthy)
-            greatest, weight = maximum(greatest, worthy), weight + worthy
-        factor, sum_of_shares, all_weight = (
-            load_f32(factors + 4 * r),
-            lane_sum(total),
-            lane_sum(weight),
-        )
-        store_f32(sums + 4 * r, fma(load_f32(sums + 4 * r), factor, sum_of_shares))
-        one = share_scale(kind, lane_maximum(greatest), all_weight)
-        # not a number where one of them is none
-        store_f32(worth + 4 * r, one + (sum_of_shares + all_weight) * np.float32(0))
-        inverse = inverse_of(one)
+        row, greatest = shares + 4 * TILE * r, splat(f32x16, LOWEST)
         for p in range(0, TILE, 16):
-            codes = zero(i32x16)
-            if p < count:
-                codes = convert(i32x16, nearest(load(f32x16, row + 4 * p) * inverse))
+            score = load(f32x16, row + 4 * p)
+            if p + 16 > count:
+                score = first_lanes(score, count - p, LOWEST)
+                store(row + 4 * p, score)
+            greatest = maximum(greatest, score)
+        store(parts + 64 * r, greatest)
+    before = load(f32x16, maxima)
+    now = maximum(greatest_of_rows(load_rows(parts, 64)) * scale, before)
+    store(maxima, now)
+    factor = exponential_2(before - now)
+    store(factors, factor)
+    for r in range(ROWS):
+        row, top = shares + 4 * TILE * r, zero(f32x16) - splat(f32x16, load_f32(maxima + 4 * r))
+        greatest, total, weight = zero(f32x16), zero(f32x16), zero(f32x16)
+        for p in range(0, TILE, 16):
+            share = exponential_2(fma(load(f32x16, row + 4 * p), scale, top))
+            worthy = share * value_scales(kind, tile, width, p)
+            if p + 16 > count:
+                share = first_lanes(share, count - p, np.float32(0))
+                worthy = first_lanes(worthy, count - p, np.float32(0))
+            store(row + 4 * p, worthy)
+            total, weight = total + share, weight + worthy
+            greatest = maximum(greatest, worthy)
+        store(parts + 64 * r, greatest)
+        store(totals + 64 * r, total)
+        store(weights + 64 * r, weight)
+    total, weight = sum_rows(load_rows(totals, 64)), sum_rows(load_rows(weights, 64))
+    store(sums, fma(load(f32x16, sums), factor, total))
+    one = share_scale(kind, greatest_of_rows(load_rows(parts, 64)), weight)
+    # not a number where one of them is none
+    store(worth, one + (total + weight) * np.float32(0))
+    store(parts, splat(f32x16, np.float32(1)) / maximum(one, splat(f32x16, LEAST)))
+    for r in range(ROWS):
+        row, inverse = shares + 4 * TILE * r, load_f32(parts + 4 * r)
+        for p in range(0, TILE, 16):
+            codes = convert(i32x16, nearest(load(f32x16, row + 4 * p) * inverse))
             store_shares(kind, row, p, codes)
 
 
@@ -247,14 +256,14 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     """
     width = (size + 31) // 32 * 32
     item = bytes_of_set(width)
-    # several tokens find in the caches what the first one has read
-    ahead = tile_bytes(kind, width) if count == 1 else 0
+    # the first token asks for the next tile, for all of them
+    following = tile_bytes(kind, width)
     for group in range(0, TILE // GROUP, 2):
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
             if left > 0:
                 for i in range(per_token):
-                    rows = sets + (t * per_token + i) * item
+                    rows, ahead = sets + (t * per_token + i) * item, following if t + i == 0 else 0
                     score(kind, rows, width, tile, group, left > GROUP, ahead)
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
@@ -266,5 +275,5 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
             positions = tile_positions(first + t, chunk, start)
             if positions > 0:
                 for i in range(per_token):
-                    rows = sets + (t * per_token + i) * item
+                    rows, ahead = sets + (t * per_token + i) * item, following if t + i == 0 else 0
                     add_values(kind, rows, width, c, positions, tile, ahead)

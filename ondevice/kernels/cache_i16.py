@@ -54,6 +54,7 @@ from ondevice.kernels.simd import (
     i16x32,
     load,
     load_f32,
+    maximum,
     prefetch,
     store_f32,
     store_i16,
@@ -163,8 +164,7 @@ def value_scales(kind, tile, width, place):
 
 @SHARE_SCALE.register(I16)
 def share_scale(kind, greatest, total):
-    by_sum, by_greatest = total / np.float32(SHARES), greatest / np.float32(MOST)
-    return by_greatest if by_greatest > by_sum else by_sum
+    return maximum(greatest * np.float32(1 / MOST), total * np.float32(1 / SHARES))
 
 
 @STORE_SHARES.register(I16)

@@ -143,7 +143,7 @@ def value_scales(kind, tile, width, place):
 
 @SHARE_SCALE.register(Q8_0)
 def share_scale(kind, greatest, total):
-    return greatest / np.float32(SHARES)
+    return greatest * np.float32(1 / SHARES)
 
 
 @STORE_SHARES.register(Q8_0)

@@ -106,6 +106,49 @@ def scale_rows(typing: Any, rows: Any, address: Any, stride: Any) -> Any:
     return ROWS_TYPE(ROWS_TYPE, types.int64, types.int64), lower
 
 
+def _fold(combine: Any) -> Any:
+    """An intrinsic that makes of each row one number, in its lane; other lanes repeat them.
+
+    Of each row's lanes the upper half is combined with the lower, until one is left: in the same
+    tree as `lane_sum`, but for two rows, then four and eight, in one vector.
+    """
+
+    @intrinsic
+    def fold_rows(typing: Any, rows: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            vectors = [builder.extract_value(args[0], row) for row in range(ROWS)]
+            lanes = 16  # of each row in a vector
+            while lanes > 1:
+                half = lanes // 2
+                lower_half = [place for place in range(32) if place % lanes < half]
+                upper_half = [place + half for place in lower_half]
+                pairs = list(zip(vectors[::2], vectors[1::2], strict=False)) or [2 * vectors]
+                vectors = [
+                    combine(
+                        builder,
+                        shuffle_lanes(builder, a, b, lower_half),
+                        shuffle_lanes(builder, a, b, upper_half),
+                    )
+                    for a, b in pairs
+                ]
+                lanes = half
+            return vectors[0]
+
+        return f32x16(ROWS_TYPE), lower
+
+    return fold_rows
+
+
+def _greater(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+sum_rows = _fold(lambda builder, a, b: builder.fadd(a, b))
+"""The sum of each row, added in a fixed tree: row r's is in lane r."""
+greatest_of_rows = _fold(_greater)
+"""The greatest number of each row, NaN or any of them where one is NaN: row r's is in lane r."""
+
+
 # ---- integers ----
 
 

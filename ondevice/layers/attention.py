@@ -32,7 +32,7 @@ def positions(program: Program, config: Config) -> Batch:
     exponents = np.arange(0, config.rope_dimensions, 2, dtype=np.float32)
     base = np.float32(config.rope_base)
     frequencies = np.float32(1) / base ** (exponents / np.float32(config.rope_dimensions))
-    table = program.keep(np.zeros((program.capacity, 2, pairs), np.float32))
+    table = program.numbers("rotations", 2 * pairs)
     tasks = np.zeros(1, np.int64)
     program.add(
         kernels.rotations,
@@ -67,33 +67,34 @@ def attention(
 
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
     h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    q = program.linear(q_matrix, h, "q", then=BESIDE)
-    k = program.linear(k_matrix, h, "k", then=BESIDE)
-    v = program.linear(v_matrix, h, "v")
-    program.add(
-        kernels.CACHES[kv].inputs,
-        *(q.address, q.row_bytes, k.address, k.row_bytes, v.address, v.row_bytes),
-        *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
-        program.keep(weights.vector(f"{block}.attn_q_norm.weight", size)),
-        program.keep(weights.vector(f"{block}.attn_k_norm.weight", size)),
-        float_bits(config.norm_epsilon),
-        index,
-        tasks=config.heads + config.kv_heads,
-        per_token=True,
-    )
-    o = program.activation("attention output", config.heads * size, (out_matrix,))
-    scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
-    program.scratch_bytes = max(program.scratch_bytes, scratch)
-    program.add(
-        kernels.CACHES[kv].attend,
-        *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
-        *(o.floats.address, o.floats.row_bytes, index, batch.partials),
-        times=batch.tasks,
-    )
-    program.add(
-        kernels.attention_output,
-        *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
-        *(batch.partials, *record_arguments(o)),
-        per_token=True,
-    )
+    with program.stage("attention"):
+        q = program.linear(q_matrix, h, "q", then=BESIDE)
+        k = program.linear(k_matrix, h, "k", then=BESIDE)
+        v = program.linear(v_matrix, h, "v")
+        program.add(
+            kernels.CACHES[kv].inputs,
+            *(q.address, q.row_bytes, k.address, k.row_bytes, v.address, v.row_bytes),
+            *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
+            program.keep(weights.vector(f"{block}.attn_q_norm.weight", size)),
+            program.keep(weights.vector(f"{block}.attn_k_norm.weight", size)),
+            float_bits(config.norm_epsilon),
+            index,
+            tasks=config.heads + config.kv_heads,
+            per_token=True,
+        )
+        o = program.activation("attention output", config.heads * size, (out_matrix,))
+        scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
+        program.scratch_bytes = max(program.scratch_bytes, scratch)
+        program.add(
+            kernels.CACHES[kv].attend,
+            *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
+            *(o.floats.address, o.floats.row_bytes, index, batch.partials),
+            times=batch.tasks,
+        )
+        program.add(
+            kernels.attention_output,
+            *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
+            *(batch.partials, *record_arguments(o)),
+            per_token=True,
+        )
     return program.linear(out_matrix, o, "mixer output")

@@ -47,49 +47,49 @@ def deltanet(
 
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
     h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    qkv = program.linear(qkv_matrix, h, "qkv", then=BESIDE)
-    z = program.linear(z_matrix, h, "z", then=BESIDE)
-    ba = program.linear(ba_matrix, h, "ba")
+    with program.stage("deltanet"):
+        qkv = program.linear(qkv_matrix, h, "qkv", then=BESIDE)
+        z = program.linear(z_matrix, h, "z", then=BESIDE)
+        ba = program.linear(ba_matrix, h, "ba")
 
-    mixed = program.buffer("convolved", 4 * config.conv_channels)
-    program.add(
-        delta.convolve,
-        *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
-        *(config.conv_channels, config.conv_kernel),
-        program.keep(np.ascontiguousarray(conv.T)),
-        *(place, journal),
-        tasks=-(-config.conv_channels // delta.CHANNELS),
-    )
-    capacity = program.capacity
-    kq = program.keep(np.zeros((capacity, config.key_heads), np.float32))
-    decay = program.keep(np.zeros((capacity, config.value_heads), np.float32))
-    beta = program.keep(np.zeros((capacity, config.value_heads), np.float32))
-    program.add(
-        delta.delta_inputs,
-        *(mixed.address, mixed.row_bytes, ba.address, ba.row_bytes),
-        *(config.key_heads, config.value_heads, size),
-        program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
-        program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
-        *(kq, decay, beta, journal),
-        tasks=config.key_heads,
-        per_token=True,
-    )
-    o = program.activation("delta output", config.value_dim, (out_matrix,))
-    program.scratch_bytes = max(program.scratch_bytes, delta.scratch_bytes(size))
-    program.add(
-        delta.delta_rule,
-        *(mixed.address, mixed.row_bytes, kq, decay, beta),
-        *(o.floats.address, o.floats.row_bytes),
-        *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
-        tasks=delta.delta_tasks(config.value_heads, size),
-    )
-    program.add(
-        norm.gated_norm,
-        *(o.floats.address, o.floats.row_bytes, z.address, z.row_bytes),
-        *(config.value_heads, size),
-        program.keep(weights.vector(f"{block}.ssm_norm.weight", size)),
-        float_bits(config.norm_epsilon),
-        *record_arguments(o),
-        per_token=True,
-    )
+        mixed = program.buffer("convolved", 4 * config.conv_channels)
+        program.add(
+            delta.convolve,
+            *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
+            *(config.conv_channels, config.conv_kernel),
+            program.keep(np.ascontiguousarray(conv.T)),
+            *(place, journal),
+            tasks=-(-config.conv_channels // delta.CHANNELS),
+        )
+        kq = program.numbers("key times query", config.key_heads)
+        decay = program.numbers("decay", config.value_heads)
+        beta = program.numbers("beta", config.value_heads)
+        program.add(
+            delta.delta_inputs,
+            *(mixed.address, mixed.row_bytes, ba.address, ba.row_bytes),
+            *(config.key_heads, config.value_heads, size),
+            program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
+            program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
+            *(kq, decay, beta, journal),
+            tasks=config.key_heads,
+            per_token=True,
+        )
+        o = program.activation("delta output", config.value_dim, (out_matrix,))
+        program.scratch_bytes = max(program.scratch_bytes, delta.scratch_bytes(size))
+        program.add(
+            delta.delta_rule,
+            *(mixed.address, mixed.row_bytes, kq, decay, beta),
+            *(o.floats.address, o.floats.row_bytes),
+            *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
+            tasks=delta.delta_tasks(config.value_heads, size),
+        )
+        program.add(
+            norm.gated_norm,
+            *(o.floats.address, o.floats.row_bytes, z.address, z.row_bytes),
+            *(config.value_heads, size),
+            program.keep(weights.vector(f"{block}.ssm_norm.weight", size)),
+            float_bits(config.norm_epsilon),
+            *record_arguments(o),
+            per_token=True,
+        )
     return program.linear(out_matrix, o, "mixer output")

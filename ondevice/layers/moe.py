@@ -57,17 +57,15 @@ def moe(
     logits = program.linear(router, h, "router logits", then=BESIDE)
     opening = program.linear(openness, h, "shared opening")
 
-    slots = program.capacity * k
-    chosen = program.keep(np.zeros(slots, np.int32))
-    shares = program.keep(np.zeros(slots, np.float32))
-    routing = _routing_record(program, count, slots)
+    chosen, shares = program.numbers("chosen", k), program.numbers("shares", k)
+    routing = _routing_record(program, count, k)
     routing_address = program.keep(routing)
     if pool is not None and guessing:
-        likely = program.keep(np.zeros(slots, np.int32))
+        likely = program.numbers("likely", k)
         program.add(
             kernels.route,
             *(guess.address, guess.row_bytes, count, k, likely),
-            program.keep(np.zeros(slots, np.float32)),
+            program.numbers("shares of the likely", k),
             per_token=True,
             times=pool.address + WORD * store.GUESSING,
             then=BESIDE,
@@ -133,10 +131,10 @@ def _next_logits(
     return program.linear(router, h, "guess", then=BESIDE, times=times)
 
 
-def _routing_record(program: Program, experts: int, slots: int) -> Array:
+def _routing_record(program: Program, experts: int, k: int) -> Array:
     routing = np.zeros(record.ROUTING_WORDS, np.int64)
     routing[record.NUMBERS] = program.keep(np.zeros(experts, np.int32))
     routing[record.STARTS] = program.keep(np.zeros(experts + 1, np.int32))
-    routing[record.SLOTS] = program.keep(np.zeros(slots, np.int32))
-    routing[record.SLOT_TOKENS] = program.keep(np.zeros(slots, np.int32))
+    routing[record.SLOTS] = program.numbers("slots", k)
+    routing[record.SLOT_TOKENS] = program.numbers("tokens of slots", k)
     return routing

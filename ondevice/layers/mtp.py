@@ -69,7 +69,8 @@ def head(
     inputs = _inputs(program, config, weights, block, record, floats)
     _combine(program, weights, block, inputs, config, x)
     mixed = attention(program, config, weights, config.layers, x, batch, 0, kv)
-    moe(program, config, weights, config.layers, x, mixed, pool)
+    with program.stage("experts"):
+        moe(program, config, weights, config.layers, x, mixed, pool)
     one = program.take()
     norm = weights.vector(f"{block}.nextn.shared_head_norm.weight", config.hidden)
     h = tail.norm(x, norm, config.norm_epsilon, "draft input", (output,))
@@ -105,7 +106,8 @@ def _inputs(
         else weights.embedding()
     )
     projection = _projection(weights, block, hidden)
-    both = program.activation("prediction input", 2 * hidden, (projection,))
+    with program.stage("prediction"):
+        both = program.activation("prediction input", 2 * hidden, (projection,))
     program.add(
         ahead.head_inputs,
         *(record, program.keep_matrix(embedding), embedding.row_bytes, hidden),
@@ -141,8 +143,9 @@ def _keep(
     v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
     h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", (k_matrix, v_matrix))
-    k = program.linear(k_matrix, h, "k", then=BESIDE)
-    v = program.linear(v_matrix, h, "v")
+    with program.stage("attention"):
+        k = program.linear(k_matrix, h, "k", then=BESIDE)
+        v = program.linear(v_matrix, h, "v")
     k_norm = program.keep(weights.vector(f"{block}.attn_k_norm.weight", size))
     program.add(
         kernels.CACHES[kv].inputs,

@@ -67,13 +67,14 @@ def logits_apart(model: Model, ids: np.ndarray, batch: int, order: str) -> np.nd
         piece = np.ascontiguousarray(ids[start : start + batch])
         step[[layout.COUNT, layout.POSITION, layout.FIRST]] = len(piece), start, 0
         step[layout.TOKENS] = piece.ctypes.data
-        run_apart(model._prefill.records, step, order)
+        run_apart(model._forward.prefill.records, step, order)
         for row in range(0, len(piece), HEAD_ROWS):
             count = min(HEAD_ROWS, len(piece) - row)
             step[[layout.COUNT, layout.FIRST]] = count, row
-            run_apart(model._head.records, step, order)
-            width = model._logits.row_bytes
-            values = model._logits.memory[: count * width].view(np.float32).reshape(count, -1)
+            run_apart(model._forward.head.records, step, order)
+            logits = model._forward.logits
+            width = logits.row_bytes
+            values = logits.memory[: count * width].view(np.float32).reshape(count, -1)
             rows.append(values[:, : model.config.vocabulary].copy())
     return np.concatenate(rows)
 

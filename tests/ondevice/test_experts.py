@@ -14,12 +14,14 @@ import pytest
 
 import convert
 import ondevice
-from ondevice import bench, inspection
+from ondevice import bench, inspection, planning
 from ondevice import disk as disk_module
 from ondevice.config import Config
 from ondevice.experts import READERS
+from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import store
 from ondevice.model import Model
+from ondevice.planning import Options, planned
 from ondevice.usage import Usage
 from quant.errors import Error, ResourceError
 from quant.format import Array
@@ -33,6 +35,14 @@ SHAPE = Shape(
 TOKENS = np.random.default_rng(1).integers(0, 384, 700).tolist()
 CONTEXT = 1024
 Read = Callable[[int, int, int, int], int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches() -> Iterator[None]:
+    """Budgets are tight here: with the batch that leaves most for the pool."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "BATCHES", planning.BATCHES[-1:])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -502,10 +512,11 @@ def test_a_forecast_knows_what_earlier_runs_got_from_the_disk(
 
 
 def test_a_tight_budget_shortens_a_context_that_nobody_asked_for(path: Path) -> None:
-    planned = Model.planned(path)
-    assert planned.context == 8192
-    needs = planned.plan.needs
-    tight = needs.working + needs.dense + needs.least_pool - needs.keys_and_values // 4
-    assert Model.planned(path, memory=tight).context == 4096
-    with pytest.raises(ResourceError):
-        Model.planned(path, memory=tight, context=8192)
+    with GGUFFile.open(path) as file:
+        found = planned(file, Options(path))
+        assert found.context == 8192
+        needs = found.plan.needs
+        tight = needs.working + needs.dense + needs.least_pool - needs.keys_and_values // 4
+        assert planned(file, Options(path, memory=tight)).context == 4096
+        with pytest.raises(ResourceError):
+            planned(file, Options(path, memory=tight, context=8192))

@@ -38,7 +38,7 @@ def take(completion: Completion, count: int) -> None:
 def logits_after(model: Model, state: State, tokens: list[int]) -> np.ndarray:
     """(vocab,): what follows `tokens`, of which the state has taken in the first."""
     list(Completion(model, state, tokens, GREEDY, 1).ids())
-    row = model._logits.memory[: 4 * model.config.vocabulary]
+    row = model._forward.logits.memory[: 4 * model.config.vocabulary]
     return row.view(np.float32).copy()
 
 

@@ -73,6 +73,39 @@ def test_a_name_cannot_mean_two_sizes() -> None:
         program.buffer("x", 100, rows_per_token=2)
 
 
+def test_stages_share_memory() -> None:
+    def fill(program: Program) -> list[tuple[int, int]]:
+        """Begin and end of what each buffer's rows take."""
+        own = [program.buffer("x", 100)]
+        with program.stage("first"):
+            own += [program.buffer("a", 100), program.buffer("b", 4, rows_per_token=5)]
+        with program.stage("second"):
+            other = [program.buffer("c", 1000)]
+            chosen = program.numbers("chosen", 10)
+        with program.stage("first"):
+            own += [program.buffer("d", 60)]
+            assert program.buffer("a", 100) is own[1]
+        places = [
+            (buffer.address, buffer.address + program.capacity * rows * buffer.row_bytes)
+            for buffer, rows in zip([*own, *other], (1, 1, 5, 1, 1), strict=True)
+        ]
+        return [*places, (chosen, chosen + 40 * program.capacity)]
+
+    def apart(places: list[tuple[int, int]]) -> bool:
+        ordered = sorted(places)
+        return all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+
+    sizing = Program(1, 1)
+    assert apart(fill(sizing))
+    assert sizing.stage_bytes == max(3 * LINE + 5 * LINE + LINE, 17 * LINE)
+    program = Program(7, 1, sizing.stage_bytes)
+    x, a, b, d, c, chosen = fill(program)
+    assert apart([x, a, b, d, chosen]) and apart([x, c, chosen])
+    assert not apart([a, c])
+    assert program.nbytes <= 7 * sizing.nbytes
+    assert 7 * sizing.stage_bytes < program.nbytes < sum(q - p for p, q in (x, a, b, c, d, chosen))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 64])
 @pytest.mark.parametrize(("rows", "matrices"), [(1, 1), (64, 1), (2048, 1), (512, 10), (10**6, 1)])
 def test_tasks_are_whole_groups_of_rows(rows: int, matrices: int, threads: int) -> None:

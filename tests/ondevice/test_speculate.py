@@ -473,9 +473,9 @@ def test_the_journal_is_small_at_full_size() -> None:
 
 def test_prediction_follows_or_begins_anew(predicting: Model) -> None:
     config = predicting.config
-    prediction = Prediction(config, 1024, "i16")
+    prediction = Prediction(config, 1024, "i16", batch=512)
     assert prediction.cache.nbytes >= head_cache_bytes(config, 1024, "i16")
-    assert prediction.ring.nbytes >= ring_bytes(config)
+    assert prediction.ring.nbytes >= ring_bytes(config, 512)
     assert not prediction.ready(0)
     prediction.note(0, 100)
     assert prediction.ready(100) and (prediction.start, prediction.end) == (0, 0)
@@ -483,7 +483,7 @@ def test_prediction_follows_or_begins_anew(predicting: Model) -> None:
     assert not prediction.ready(100)
     prediction.note(100, 900)
     assert prediction.ready(900)
-    assert prediction.start == prediction.end == 900 - ahead.MOST_LACKING
+    assert prediction.start == prediction.end == 900 - 512
     prediction.end = 900
     prediction.cut(700)
     assert (prediction.end, prediction.upto) == (700, 700)
@@ -503,7 +503,7 @@ def test_modes(paths: dict[str, Path]) -> None:
         state = State(model.config, 64)
         assert state.journal is state.prediction is None
         assert len(list(model.generate([1, 2, 3], max_tokens=5))) <= 5
-        kernels = {kernel.__name__ for kernel in model._kernels()}
+        kernels = {kernel.__name__ for kernel in model._forward.kernels}
         assert not kernels & {"remember", "accept", "head_inputs"}
     with ondevice.load(paths["predicts"], threads=1, mtp="on") as model:
         completion = model.complete([1, 2, 3], GREEDY, 20)

@@ -144,6 +144,12 @@ def exponentials(x: int, count: int, out: int) -> None:
 
 
 @three_integers
+def powers(x: int, count: int, out: int) -> None:
+    for i in range(0, count, 16):
+        store(out + 4 * i, activation.exponential_2(load(f32x16, x + 4 * i)))
+
+
+@three_integers
 def sigmoids(x: int, count: int, out: int) -> None:
     for i in range(0, count, 16):
         store(out + 4 * i, activation.sigmoid(load(f32x16, x + 4 * i)))
@@ -191,6 +197,18 @@ def test_exponential_is_exact_to_an_ulp(x: Array) -> None:
     assert relative_error(applied(exponentials, x), np.exp(x.astype(np.float64))) <= ULP
 
 
+@pytest.mark.parametrize("x", [(WIDE - 88) * 0.72, NARROW], ids=["wide", "narrow"])
+def test_exponential_2_is_exact_to_an_ulp(x: Array) -> None:
+    assert relative_error(applied(powers, x), np.exp2(x.astype(np.float64))) <= ULP
+
+
+def test_exponential_2_of_what_is_far_below() -> None:
+    x = np.array([0.0, -1.0, -126, -127, -1e30, -np.inf] * 3, np.float32)[:16]
+    found = applied(powers, x)
+    assert found[:3].tolist() == [1, 0.5, 2.0**-126]
+    assert ((found[3:6] > 0) & (found[3:6] <= 2.0**-126)).all()
+
+
 @pytest.mark.parametrize("x", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_sigmoid_and_silu_are_exact_to_two_ulp(x: Array) -> None:
     exact = exact_sigmoid(x)
@@ -218,7 +236,9 @@ def test_special_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [exponentials, sigmoids, silus], ids=["exp", "sigmoid", "silu"]
+    "function",
+    [exponentials, powers, sigmoids, silus],
+    ids=["exp", "exp 2", "sigmoid", "silu"],
 )
 def test_nan_stays_nan(function: CompiledFunction) -> None:
     x = np.full(16, np.nan, np.float32)

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import ahead, layout, sample
-from ondevice.kernels.ahead import MOST_DRAFTS, RECORD_WORDS, RING_ROWS
+from ondevice.kernels.ahead import MOST_DRAFTS, RECORD_WORDS, ring_rows
 from ondevice.kernels.formats import READERS
 from quant.format import Array
 from tests.ondevice.kernels import harness
 from tests.ondevice.kernels.harness import Rows, bits, run, step_record
 
 VOCABULARY = 50
+BATCH = 100
+RING_ROWS = ring_rows(BATCH)
 
 
 def drafts_of(record: Array) -> list[int]:
@@ -27,7 +29,7 @@ def drafts_of(record: Array) -> list[int]:
 def test_the_ring_keeps_the_last_vectors() -> None:
     columns = 37
     vectors = np.random.default_rng(1).standard_normal((3, columns)).astype(np.float32)
-    ring, record = Rows(1, RING_ROWS * columns), ahead.new_record()
+    ring, record = Rows(1, RING_ROWS * columns), ahead.new_record(BATCH)
     run(ahead.remember, record, Rows.of(vectors), columns, per_token=True, count=3)
     record[ahead.RING] = ring.address
     for position in (0, 5, 10 * RING_ROWS - 1):
@@ -57,7 +59,7 @@ def test_head_inputs(made: int) -> None:
     )
     weights = 1 + random.standard_normal((2, columns)).astype(np.float32) / 8
     history = random.integers(0, VOCABULARY, 2000).astype(np.int32)
-    record = ahead.new_record()
+    record = ahead.new_record(BATCH)
     record[[ahead.RING, ahead.START, ahead.MADE]] = ring.ctypes.data, 1000, made
     record[RECORD_WORDS:].view(np.int32)[made] = 7
     count = 1 if made else 3
@@ -87,7 +89,7 @@ def test_head_inputs(made: int) -> None:
 
 def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
     history = np.arange(100, dtype=np.int32)
-    record = ahead.new_record()
+    record = ahead.new_record(BATCH)
     record[[ahead.DEPTH, ahead.HEAD_CACHE, ahead.START, ahead.END]] = 3, 1234, 10, 55
     given: dict[str, Any] = {"history": history, "position": 60, "cache": 99, "steps_left": 9}
     step = run(ahead.begin_cycle, record, **given)
@@ -114,7 +116,7 @@ def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
 def test_the_hook_makes_drafts_true_with_a_chance() -> None:
     truth = np.random.default_rng(3).integers(0, VOCABULARY, 5000).astype(np.int32)
     logits = np.zeros((1, VOCABULARY), np.float32)
-    record = ahead.new_record()
+    record = ahead.new_record(BATCH)
     record[[ahead.TRUTH, ahead.TRUTH_LENGTH]] = truth.ctypes.data, len(truth)
     record.view(np.float64)[ahead.CHANCE] = 0.7
     right = 0
@@ -148,7 +150,7 @@ def test_look_up(tokens: int) -> None:
     for _ in range(150):
         history = random.integers(0, tokens, random.integers(1, 40)).tolist()
         depth, left = int(random.integers(1, 5)), int(random.integers(1, 6))
-        record = ahead.new_record()
+        record = ahead.new_record(BATCH)
         record[ahead.DEPTH] = depth
         step = run(
             ahead.look_up,
@@ -224,7 +226,7 @@ def test_accept_chooses_as_plain_decoding_does(temperature: float) -> None:
                 break
             accepted += 1
 
-        record, history = ahead.new_record(), np.zeros(40, np.int32)
+        record, history = ahead.new_record(BATCH), np.zeros(40, np.int32)
         history[:20] = begun
         record[RECORD_WORDS:].view(np.int32)[1 : 1 + drafts] = guesses
         record[ahead.CYCLES_LEFT] = 2 if trial % 3 else 1
@@ -256,7 +258,7 @@ def test_accept_reports_what_is_not_finite() -> None:
     logits = np.zeros((2, VOCABULARY), np.float32)
     logits[0, 3], logits[1, 7] = 5, np.nan
     ends, space = np.zeros(VOCABULARY, np.uint8), np.zeros(2 * VOCABULARY, np.float32)
-    record, history = ahead.new_record(), np.zeros(40, np.int32)
+    record, history = ahead.new_record(BATCH), np.zeros(40, np.int32)
     record[RECORD_WORDS:].view(np.int32)[1] = 3
     step = run(
         ahead.accept,
