@@ -147,8 +147,8 @@ def exponential(x):
 
 @inner
 def exponential_2(x):
-    """2 ** x of an f32x16 of numbers below 1, to about one unit in the last place; 2 ** -126 and a
-    little below that. NaN stays NaN."""
+    """2 ** x of an f32x16 of numbers below 1, to two units in the last place; about 2 ** -126 below
+    that. NaN stays NaN."""
     x = maximum(splat(f32x16, np.float32(-126.0)), x)
     n = nearest(x)
     r = x - n

@@ -122,7 +122,9 @@ def _fold(combine: Any) -> Any:
                 half = lanes // 2
                 lower_half = [place for place in range(32) if place % lanes < half]
                 upper_half = [place + half for place in lower_half]
-                pairs = list(zip(vectors[::2], vectors[1::2], strict=False)) or [2 * vectors]
+                pairs = list(zip(vectors[::2], vectors[1::2], strict=False)) or [
+                    (vectors[0], vectors[0])
+                ]
                 vectors = [
                     combine(
                         builder,

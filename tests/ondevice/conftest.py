@@ -8,6 +8,7 @@ import pytest
 
 import convert
 import ondevice
+from ondevice import planning
 from ondevice.model import Model
 from tools.random_checkpoint import Shape, write_checkpoint
 
@@ -41,3 +42,11 @@ def endless(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The random model without end tokens: its answers fill the context unless something stops."""
     monkeypatch.setattr(tiny, "ends", np.zeros_like(tiny.ends))
     return tiny
+
+
+@pytest.fixture(scope="module")
+def small_batches() -> Iterator[None]:
+    """For tests with tight budgets: the batch that leaves most for the pool."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "BATCHES", planning.BATCHES[-1:])
+        yield

@@ -29,20 +29,14 @@ from tests.ondevice.gguf_builder import Shape as Built
 from tests.ondevice.gguf_builder import encode_f16, tiny_model
 from tools.random_checkpoint import Shape, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 SHAPE = Shape(
     hidden=256, layers=8, experts=64, experts_used=6, expert_width=256, shared_width=256, mtp=False
 )
 TOKENS = np.random.default_rng(1).integers(0, 384, 700).tolist()
 CONTEXT = 1024
 Read = Callable[[int, int, int, int], int]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_batches() -> Iterator[None]:
-    """Budgets are tight here: with the batch that leaves most for the pool."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "BATCHES", planning.BATCHES[-1:])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +129,22 @@ def test_other_layouts_and_formats(fused: bool, tmp_path: Path) -> None:
     with ondevice.load(path, threads=2, context=128, memory=memory) as model:
         assert model.plan.cached
         assert bits(model.logits(ids)) == logits
+
+
+@pytest.mark.parametrize("memory", [0, 1])
+def test_a_long_batch_gives_the_same_bits(
+    memory: int, mapped: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = bits(mapped.logits(TOKENS))
+    room = 1024 * mapped._forward.token_bytes
+    budgets = {0: None, 1: small(mapped) + room}
+    monkeypatch.setattr(planning, "BATCHES", (1024,))
+    with ondevice.load(
+        mapped.path, threads=2, context=CONTEXT, memory=budgets[memory], mtp="off"
+    ) as model:
+        assert (model.batch, model.plan.cached) == (1024, bool(memory))
+        assert bits(model.logits(TOKENS)) == wanted
+        assert bits(model.logits(TOKENS, batch=600)) == wanted
 
 
 def test_a_batch_reads_each_expert_once(mapped: Model) -> None:

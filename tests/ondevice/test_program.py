@@ -1,5 +1,6 @@
 """The memory of a program: cache lines of its own, shared where a name is asked for again."""
 
+import itertools
 import sys
 import weakref
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_stages_share_memory() -> None:
 
     def apart(places: list[tuple[int, int]]) -> bool:
         ordered = sorted(places)
-        return all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+        return all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
 
     sizing = Program(1, 1)
     assert apart(fill(sizing))

@@ -15,6 +15,8 @@ from quant.format import Array
 from tests.ondevice.gguf_builder import Shape, encode_f16, tiny_model
 from tests.ondevice.kernels.harness import run
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 SHAPE = Shape(layers=5, mtp_layers=0, experts=24, experts_used=3, expert_width=64)
 
 
