@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ondevice.console import Program, compiling, note, print_figures, print_json, size
+from ondevice.console import Program, compiling, note, print_figures, print_json, size, trying
 from quant.errors import Error, UsageError
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def inspect(
     path = demo.model_path(model, compiling)
     described = inspection.describe(path)
     if memory is not None:
-        described["memory"] = inspection.predict(path, memory, threads, context, kv)
+        described["memory"] = inspection.predict(path, memory, threads, context, kv, trying)
     if as_json:
         print_json(described)
         return

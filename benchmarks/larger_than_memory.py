@@ -9,8 +9,8 @@ until the pool is as it stays; then prompt and decoding are timed. llama.cpp map
 copies in layouts of its own (which are killed) and takes random tokens one by one.
 
 Before each run `inspect` says how fast it will be, in a process of its own under the same limit:
-from published traces of experts' use, as it does for a file that it has not seen, and from what
-earlier runs noted (a dash where there were none).
+for a file that it has not seen, when the model writes some tokens first, and from what earlier runs
+noted.
 
 The bound is the larger of what computing and what the disk take: the time per token in which
 threads did not wait, and the bytes that came from disk over what the disk gives the same reads
@@ -26,6 +26,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,19 +106,19 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
 
 
 def forecasts(path: Path, memory: int) -> dict[str, Any]:
-    """What `inspect` expects, without and with what earlier runs noted."""
+    """What `inspect` expects, with what earlier runs noted and as on the first day."""
     from ondevice import inspection, usage
 
+    with tempfile.TemporaryDirectory() as folder:
+        root, usage.cache_root = usage.cache_root, lambda: Path(folder)
+        try:
+            fresh = inspection.predict(path, memory)
+        finally:
+            usage.cache_root = root
     found = inspection.predict(path, memory)
-    known = found["hit_rate_from"] != usage.BY_TRACES
-    load, usage.load = usage.load, lambda name, config: usage.Usage.none(config)
-    try:
-        fresh = inspection.predict(path, memory)
-    finally:
-        usage.load = load
     return {
-        "by_traces": fresh["tokens_per_second"],
-        "by_runs": found["tokens_per_second"] if known else None,
+        "by_trial": fresh["tokens_per_second"],
+        "by_runs": found["tokens_per_second"],
         "details": [fresh, found],
     }
 
@@ -187,7 +188,7 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
         cells = [
             f"{memory / (1 << 30):.3g}G",
             f"{found['tokens_per_second']:.2f}",
-            *(_compared(expected[name], found) for name in ("by_traces", "by_runs")),
+            *(_compared(expected[name], found) for name in ("by_trial", "by_runs")),
             f"{found['hit_rate']:.3f}",
             f"{found['disk_bytes_per_token'] / 1e6:.1f} MB",
             f"{found['disk_bandwidth'] / 1e9:.2f} GB/s",
@@ -208,9 +209,9 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
             f"{found['prefill_touched']} touched."
         )
         print(rows[-1], prompts[-1], sep="\n", file=sys.stderr)
-        for name, details in zip(("traces", "last runs"), expected["details"], strict=True):
+        for name, details in zip(("a trial", "last runs"), expected["details"], strict=True):
             print(f"expected by {name}: {details}", file=sys.stderr)
-    names = ["budget", "tokens/s", "expected by traces", "by last runs", "in memory"]
+    names = ["budget", "tokens/s", "expected by a trial", "by last runs", "in memory"]
     names += ["from disk per token", "disk", "readers got", "waiting"]
     names += ["of the bound", "major faults"] + (["llama.cpp, mapped", "ratio"] if peer else [])
     return "\n".join(
@@ -231,9 +232,7 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
     )
 
 
-def _compared(expected: float | None, found: dict[str, Any]) -> str:
-    if expected is None:
-        return "-"
+def _compared(expected: float, found: dict[str, Any]) -> str:
     return f"{expected:.2f} ({expected / found['tokens_per_second'] - 1:+.0%})"
 
 

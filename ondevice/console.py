@@ -72,6 +72,13 @@ def compiling(done: int, needed: int) -> None:
         click.secho(f"\r\x1b[K{line if done < needed else ''}", err=True, dim=True, nl=False)
 
 
+def trying(done: int, total: int) -> None:
+    """The line that explains why a forecast takes its time, in the same way."""
+    if sys.stderr.isatty():
+        line = f"writing some tokens to see what the disk is asked for: {done} of {total}"
+        click.secho(f"\r\x1b[K{line if done < total else ''}", err=True, dim=True, nl=False)
+
+
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value))
 

@@ -17,11 +17,13 @@ import dataclasses
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile, Tensor
+from ondevice.usage import BY_TRACES
 from ondevice.weights import Weights
 
 READINGS = 40
@@ -86,24 +88,29 @@ def predict(
     threads: int | None = None,
     context: int | None = None,
     kv: str = "i16",
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
-    Measures the bandwidths of memory and disk: takes 8 to 17 seconds.
+    Measures the bandwidths of memory and disk: takes 8 to 17 seconds. Where experts would come from
+    disk and no run has shown yet which ones, the model writes some tokens first; progress(done,
+    all) is told how many.
     """
-    from ondevice import disk
+    from ondevice import disk, trial
+    from ondevice.budget import available
     from ondevice.experts import READERS
     from ondevice.forecast import disk_rate, forecast, what_limits
     from ondevice.kernels.team import Team
     from ondevice.machine import Machine
     from ondevice.planning import Options, default_threads, earlier_use, planned
 
-    file = GGUFFile.open(Path(path))
-    try:
-        found = planned(file, Options(Path(path), threads, context, memory, kv))
+    options = Options(Path(path), threads, context, memory, kv)
+    with GGUFFile.open(options.path) as file:
+        found = planned(file, options)
         _, usage = earlier_use(file, found)
-    finally:
-        file.close()
+        if found.plan.cached and usage.source == BY_TRACES and memory <= (available() or memory):
+            trial.write_some(options, progress)
+            _, usage = earlier_use(file, found)
     described = describe(path)
     config, plan = described["config"], found.plan
     token = described["bytes_per_token"] + 2 * described["state_bytes"]

@@ -122,16 +122,14 @@ def _fold(combine: Any) -> Any:
                 half = lanes // 2
                 lower_half = [place for place in range(32) if place % lanes < half]
                 upper_half = [place + half for place in lower_half]
-                pairs = list(zip(vectors[::2], vectors[1::2], strict=False)) or [
-                    (vectors[0], vectors[0])
-                ]
                 vectors = [
                     combine(
                         builder,
                         shuffle_lanes(builder, a, b, lower_half),
                         shuffle_lanes(builder, a, b, upper_half),
                     )
-                    for a, b in pairs
+                    # the last one is folded with itself
+                    for a, b in zip(vectors[::2], vectors[1::2] or vectors, strict=True)
                 ]
                 lanes = half
             return vectors[0]

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ondevice.gguf_file import GGUFFile
 from ondevice.kernels import store
 from ondevice.model import Model
 from ondevice.planning import Options, planned
-from ondevice.usage import Usage
+from ondevice.usage import BY_TRACES, Usage
 from quant.errors import Error, ResourceError
 from quant.format import Array
 from tests.ondevice.gguf_builder import Shape as Built
@@ -498,6 +499,29 @@ def test_a_plan_and_a_forecast(mapped: Model, monkeypatch: pytest.MonkeyPatch) -
     assert whole["tokens_per_second"] > found["tokens_per_second"]
     with pytest.raises(ResourceError, match="below the"):
         inspection.predict(mapped.path, 1 << 20)
+
+
+def test_a_forecast_of_a_model_that_never_ran_tries_it_out(
+    mapped: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(inspection, "READINGS", 1)
+    monkeypatch.setattr(disk_module, "bandwidth", lambda *_: 2e9)
+    monkeypatch.setattr("ondevice.usage.cache_root", lambda: tmp_path)
+    monkeypatch.setattr("ondevice.usage.ENOUGH", 1000)
+    monkeypatch.setattr("ondevice.usage.ENOUGH_BYTES", 1)
+    told: list[tuple[int, int]] = []
+    predict = partial(inspection.predict, mapped.path, small(mapped), context=CONTEXT)
+    found = predict(progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (80, 80) and told == sorted(told)
+    assert found["hit_rate_from"] == "by this model's last runs"
+    assert found["disk_bandwidth"] != 2e9  # also what the readers got
+    told.clear()
+    assert predict(progress=lambda *numbers: told.append(numbers))["tokens_per_second"] > 0
+    assert not told
+    monkeypatch.setattr("ondevice.usage.cache_root", lambda: tmp_path / "other")
+    monkeypatch.setattr("ondevice.budget.available", lambda: 1 << 20)
+    assert predict(progress=lambda *numbers: told.append(numbers))["hit_rate_from"] == BY_TRACES
+    assert not told
 
 
 def test_a_forecast_knows_what_earlier_runs_got_from_the_disk(

@@ -1,0 +1,43 @@
+"""A short run of a model under a budget, for what nobody can tell in advance: which experts its
+texts use, and what disk and processor make of that.
+
+What it finds is in the usage profile afterwards (usage.py), as after any run.
+"""
+
+import time
+from collections.abc import Callable
+
+from ondevice.planning import Options
+from ondevice.sampling import Sampling
+
+BEGINNING = "Once upon a time, in a town by the sea,"
+TOKENS = 80
+ENOUGH_TOKENS = 48
+"""After which a trial that has taken SECONDS ends."""
+SECONDS = 20.0
+
+
+def write_some(options: Options, progress: Callable[[int, int], None] | None = None) -> None:
+    """Open the model and let it write; progress(done, all) is told how many tokens there are."""
+    from ondevice.model import Model
+
+    with Model(
+        options.path,
+        options.threads,
+        options.context,
+        options.memory,
+        options.kv,
+        mtp=options.mtp,
+    ) as model:
+        model.ends[:] = 0
+        if model.ahead is not None:
+            model.ahead.depth.fixed = 0  # what guesses use is not noted
+        prompt = model.tokenize(BEGINNING) or [0]
+        completion = model.complete(prompt, Sampling(temperature=1.0, seed=0), TOKENS)
+        started = time.perf_counter()
+        for _ in completion:
+            done = len(completion.tokens)
+            if progress is not None:
+                progress(done, completion.max_tokens)
+            if done >= ENOUGH_TOKENS and time.perf_counter() - started > SECONDS:
+                completion.cancel()
