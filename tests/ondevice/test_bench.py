@@ -103,10 +103,11 @@ def test_it_runs_what_it_was_asked_for(tiny: Model, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiny, "prefill", watched_prefill)
     monkeypatch.setattr(tiny, "decode", watched_decode)
     monkeypatch.setattr(tiny, "ends", np.ones_like(tiny.ends))
+    monkeypatch.setattr(tiny, "batch", 512)
     found = bench.run(tiny, prompt=600, generate=7, depth=50, repeat=2)
     assert found["depth"] == 50
     # one round to warm up, then each measured once and once more for the profile
-    assert prefilled == [(0, 50)] + 5 * [(50, 512), (562, 88)]
+    assert prefilled == [(0, 50)] + 5 * [(50, 300), (350, 300)]
     assert ends == 3 * [50 + 600 + 7]
 
 
