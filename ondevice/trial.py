@@ -4,11 +4,11 @@ texts use, and what disk and processor make of that.
 What it finds is in the usage profile afterwards (usage.py), as after any run.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 
 from ondevice.planning import Options
-from ondevice.sampling import Sampling
 
 BEGINNING = "Once upon a time, in a town by the sea,"
 TOKENS = 80
@@ -33,7 +33,7 @@ def write_some(options: Options, progress: Callable[[int, int], None] | None = N
         if model.ahead is not None:
             model.ahead.depth.fixed = 0  # what guesses use is not noted
         prompt = model.tokenize(BEGINNING) or [0]
-        completion = model.complete(prompt, Sampling(temperature=1.0, seed=0), TOKENS)
+        completion = model.complete(prompt, dataclasses.replace(model.sampling, seed=0), TOKENS)
         started = time.perf_counter()
         for _ in completion:
             done = len(completion.tokens)

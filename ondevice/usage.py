@@ -175,6 +175,8 @@ def save(name: str, before: Usage, during: Usage) -> None:
             name: (getattr(before, name) * FADING).astype(np.int64) + getattr(during, name)
             for name in _FIELDS
         }
+        if during.bytes_per_reading_second is not None:
+            counts["disk"] = during.disk  # what a disk gives for the first time it gives once
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with temporary.open("xb") as file:

@@ -113,6 +113,17 @@ def test_counts_are_kept_and_fade(config: Config) -> None:
     assert (again.ended == 9).all()
 
 
+def test_the_disk_is_as_it_was_in_the_last_run_that_read_enough(config: Config) -> None:
+    before, during = some(config, 10), some(config, 4)
+    before.disk[:] = 20 * usage.ENOUGH_BYTES, 10**9
+    during.disk[:] = usage.ENOUGH_BYTES - 1, 10**9
+    usage.save("disk", before, during)
+    assert usage.load("disk", config).disk[0] == 11 * usage.ENOUGH_BYTES - 1
+    during.disk[0] += 1
+    usage.save("disk", before, during)
+    assert usage.load("disk", config).disk.tolist() == [usage.ENOUGH_BYTES, 10**9]
+
+
 def test_the_speed_of_the_disk() -> None:
     counts = Usage(*(np.zeros(n, np.int64) for n in ((9, 9), BUCKETS, BUCKETS)))
     counts.disk[:] = usage.ENOUGH_BYTES - 1, 10**9
