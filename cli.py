@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ondevice.console import Program, compiling, note, print_figures, print_json, size, trying
+from ondevice.console import (
+    Program,
+    compiling,
+    note,
+    print_figures,
+    print_json,
+    size,
+    trying,
+    watched,
+)
 from quant.errors import Error, UsageError
 
 if TYPE_CHECKING:
@@ -313,7 +322,7 @@ def generate(
         from ondevice.terminal import printable, timing_line
 
         plain = not sys.stdout.isatty()
-        for piece in completion:
+        for piece in watched(completion):
             if not as_json:
                 click.echo(piece if plain else printable(piece), nl=False)
                 sys.stdout.flush()

@@ -10,15 +10,23 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 import traceback
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from quant.errors import Error, ResourceError
 
+if TYPE_CHECKING:
+    from ondevice.generate import Completion
+
 BUG, CTRL_C = 70, 130
+PATIENCE = 1.0
+"""Seconds without an answer after which a person wants to know how long it takes."""
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -77,6 +85,38 @@ def trying(done: int, total: int) -> None:
     if sys.stderr.isatty():
         line = f"writing some tokens to see what the disk is asked for: {done} of {total}"
         click.secho(f"\r\x1b[K{line if done < total else ''}", err=True, dim=True, nl=False)
+
+
+def watched(completion: "Completion") -> Iterator[str]:
+    """The pieces of an answer; until the first one comes, a line tells how far the prompt is."""
+    if not sys.stderr.isatty():
+        yield from completion
+        return
+    begun = threading.Event()
+    line = threading.Thread(target=_reading, args=(completion, begun), daemon=True)
+    line.start()
+    try:
+        for piece in completion:
+            if not begun.is_set():
+                begun.set()
+                line.join()
+            yield piece
+    finally:
+        begun.set()
+        line.join()
+
+
+def _reading(completion: "Completion", begun: threading.Event) -> None:
+    started, total = time.monotonic(), completion.prefilled_tokens
+    if begun.wait(PATIENCE):
+        return
+    while not begun.wait(0.2):
+        done = completion.read_tokens
+        rate = done / (time.monotonic() - started)
+        minutes, seconds = divmod(round((total - done) / rate if rate else 0), 60)
+        text = f"reading the prompt: {done / total:4.0%}  {rate:,.0f} tokens/s"
+        click.secho(f"\r\x1b[K{text}  {minutes}:{seconds:02} left", err=True, dim=True, nl=False)
+    click.echo("\r\x1b[K", err=True, nl=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

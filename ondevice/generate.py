@@ -102,6 +102,7 @@ class Completion:
         self.prompt_tokens = len(prompt)
         self.prefilled_tokens = len(prompt) - state.position
         """Prompt tokens that the state did not hold already."""
+        self._batch = 0  # tokens that are being taken in
         self.tokens: list[int] = []
         """The answer, without the end token."""
         self.text = ""
@@ -141,6 +142,13 @@ class Completion:
         """The tokens of the answer as they come, instead of its text."""
         for burst in self._runs:
             yield from burst
+
+    @property
+    def read_tokens(self) -> float:
+        """Prompt tokens taken in so far, of `prefilled_tokens`; from any thread."""
+        known = self.prompt_tokens - self.prefilled_tokens
+        done = self._state.position - known + self._batch * self._model.share_done
+        return min(done, self.prefilled_tokens)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -221,8 +229,10 @@ class Completion:
                     return False
                 start = self._state.position
                 batch = self._history[start : start + batch_of(stop - start, self._model.batch)]
+                self._batch = len(batch)
                 if not self._model.prefill(self._state, self._step, batch):
                     return False
+                self._batch = 0
             if self._when_reached is not None and self._state.position == stop:
                 self._when_reached()
         return not self._cancelled

@@ -149,6 +149,11 @@ class Model:
         return words
 
     @property
+    def share_done(self) -> float:
+        """How far the call that is running has come; for progress lines."""
+        return self._team.share_done
+
+    @property
     def programs(self) -> dict[str, Operations]:
         """What `prefill`, `decode` and the output head run, by these names."""
         forward = self._forward

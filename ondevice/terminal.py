@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ondevice.console import watched
 from quant.errors import Error, UsageError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Chat:
     def answer(self, start: Callable[[], "Completion"]) -> None:
         with _stopped_by_ctrl_c(self.session.cancel) as stopped:
             completion = start()
-            for piece in completion:
+            for piece in watched(completion):
                 self.write(printable(piece))
         self.write("\n")
         if stopped.is_set():

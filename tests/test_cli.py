@@ -1,10 +1,12 @@
 """The command line with a model that has no weights: what goes in, what comes out, exit codes."""
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from ondevice import console
 from ondevice.console import size
 from ondevice.sampling import Sampling
 from quant.errors import Error, Interrupted, ResourceError
-from tests.fake_model import FakeModel
+from tests.fake_model import FakeCompletion, FakeModel
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +259,43 @@ def test_compiling_shows_a_line_on_a_terminal_only(
     assert "compiling kernels for this machine, once: 12 of 31" in capsys.readouterr().err
     console.compiling(31, 31)
     assert "compiling" not in capsys.readouterr().err
+
+
+def shown() -> str:
+    """What a test that took stderr for itself finds there."""
+    assert isinstance(sys.stderr, io.StringIO)
+    return sys.stderr.getvalue()
+
+
+class SlowCompletion(FakeCompletion):
+    """Its prompt is half read until somebody has been told so."""
+
+    prefilled_tokens = 1000
+    read_tokens = 500.0
+
+    def __iter__(self) -> Iterator[str]:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and "50%" not in shown():
+            time.sleep(0.01)
+        yield from super().__iter__()
+
+
+def test_a_long_prompt_shows_how_far_it_is_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    quick = FakeCompletion(1000, ["Yes", "."])
+    assert list(console.watched(quick)) == ["Yes", "."]
+    assert shown() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    pieces = console.watched(SlowCompletion(1000, ["Yes", "."]))
+    assert next(pieces) == "Yes"
+    line = shown()
+    assert "reading the prompt:  50%" in line and "left" in line
+    assert line.endswith("\r\x1b[K")
+    assert list(pieces) == ["."]
+    assert shown() == line
 
 
 def test_load_reports_progress_to_a_terminal_only(

@@ -295,6 +295,11 @@ class Team:
             self.close()
             raise ResourceError(f"{threads} threads cannot be had: {error}") from None
 
+    @property
+    def share_done(self) -> float:
+        """Of the operations of the job that is running, or of the last one."""
+        return float(self._control[GROUP]) / max(1, int(self._control[OPERATIONS]))
+
     def run(
         self,
         program: np.ndarray,

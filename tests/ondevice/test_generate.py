@@ -60,6 +60,26 @@ def test_bursts_change_no_token(
     assert found[0] == found[1] == found[2]
 
 
+def test_how_far_the_prompt_is(endless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endless, "batch", 100)
+    completion = endless.complete(PROMPT * 60, GREEDY, 3)
+    assert completion.read_tokens == 0
+    seen: list[float] = []
+    prefill = endless.prefill
+
+    def watched(*arguments: Any, **options: Any) -> bool:
+        before = completion.read_tokens
+        done = prefill(*arguments, **options)
+        seen.extend((before, completion.read_tokens))
+        return done
+
+    monkeypatch.setattr(endless, "prefill", watched)
+    finished(completion)
+    assert len(seen) == 6 and max(seen) <= 300
+    assert seen[1::2] == pytest.approx([200, 300, 300], abs=5)  # all but the last operations
+    assert completion.read_tokens >= 299
+
+
 def test_another_answer_in_between_changes_no_token(endless: Model) -> None:
     alone = finished(endless.complete(PROMPT, WILD, 60)).tokens
     running = endless.complete([9, 9, 9], WILD)
