@@ -21,6 +21,7 @@ from ondevice.speculate import Acceptance
 from ondevice.state import State
 from ondevice.tokenizer import TextStream
 from quant.errors import UsageError
+from quant.format import Array
 
 if TYPE_CHECKING:
     from ondevice.model import Model
@@ -67,10 +68,12 @@ class Completion:
         stops: Sequence[int] = (),
         when_taken: Callable[[list[int]], None] | None = None,
         when_ended: Callable[[], None] | None = None,
+        history: Array | None = None,
     ) -> None:
         """when_reached is called when the prompt is taken in, all but its last token, and before
         that at the positions in `stops`; when_taken with the tokens of each burst before anybody
-        sees them; when_ended when an answer has ended by itself or was cancelled."""
+        sees them; when_ended when an answer has ended by itself or was cancelled. history: where
+        the decode loop writes prompt and answer, int32, with room for the context and 2 more."""
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1")
         prompt = model.checked(tokens)
@@ -81,7 +84,9 @@ class Completion:
         self._state = state
         room = model.context - len(prompt) + 1
         self.max_tokens = room if max_tokens is None else min(max_tokens, room)
-        self._history = np.zeros(len(prompt) + self.max_tokens + 1, np.int32)
+        length = len(prompt) + self.max_tokens + 1
+        self._history = np.zeros(length, np.int32) if history is None else history
+        assert len(self._history) >= length
         self._history[: len(prompt)] = prompt
         self._pending = np.zeros(1, np.int32)
         self._sampler = sampling.record(

@@ -2,6 +2,7 @@
 
     sessions/NAME/lock       held by the one process that has the session open
     sessions/NAME/journal    what was said: records, appended as it happens
+    sessions/NAME/answer     the running answer, token by token (answer_file.py)
     sessions/NAME/state/     states at the ends of answers (state_folder.py)
 
 Records of the journal, each a JSON object and then tokens (int32):
@@ -11,8 +12,10 @@ Records of the journal, each a JSON object and then tokens (int32):
     more   tokens of the answer, written before anybody sees them
 
 What is appended goes to the operating system at once, so that it survives the process, and to the
-disk at the beginning and end of an answer. Reading stops at the first record that is not whole,
-which a killed process may have left. A journal of more than twice what is needed is rewritten.
+disk at the beginning and end of an answer. Tokens are appended some at a time; those that a killed
+process had chosen since are in the file of the running answer, which a tag ties to its turn, and
+are appended when the session is opened. Reading stops at the first record that is not whole, which
+a killed process may have left. A journal of more than twice what is needed is rewritten.
 
 What cannot be written is reported by a warning, once, and the conversation goes on unrecorded.
 """
@@ -21,16 +24,19 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import struct
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ondevice.answer_file import HEAD, TAG_BYTES, AnswerFile, tokens_beyond
 from ondevice.locks import FileLock
 from ondevice.records import Damaged, Reader, Writer, failure, opened, record_bytes, whole_file
 from ondevice.session_file import check_head, session_of, talk
@@ -38,6 +44,7 @@ from ondevice.snapshots import thinned
 from ondevice.state_folder import BLOCK, Saved, StateFolder
 from quant.errors import Error, ResourceError, UsageError
 from quant.folders import cache_root, private_folder
+from quant.format import Array
 
 if TYPE_CHECKING:
     from ondevice.model import Model
@@ -130,17 +137,17 @@ def open_session(
     try:
         states = StateFolder(folder / "state", model)
         if path.exists():
-            session, good = _read(model, path)
+            session, good, unrecorded = _read(model, path)
             _resume(session, states)
         else:
             from ondevice.session import Session
 
-            session, good = Session(model, system, sampling), 0
+            session, good, unrecorded = Session(model, system, sampling), 0, []
         if lock is not None:
             for left in folder.glob(".*.partial"):  # by a killed process
                 states.remove(left)
             session.journal = Journal(name, path, lock, states)
-            session.journal.begin(session, good)
+            session.journal.begin(session, good, unrecorded)
         if system is not None:
             session.system = system
         if options:
@@ -170,7 +177,7 @@ def go_on_as(session: "Session", name: str) -> None:
     if session.journal is not None:
         session.journal.close(session)
     session.journal = Journal(name, path, lock, StateFolder(folder / "state", session.model))
-    session.journal.begin(session, 0)
+    session.journal.begin(session, 0, [])
     session.journal.reached(session)
 
 
@@ -199,12 +206,16 @@ class Journal:
         self._file: BinaryIO | None = None
         self._size = 0
         self._answered = 0  # tokens of the running answer that are written
+        self._answer = AnswerFile(path.with_name("answer"))
         self._settings: Any = None
-        self._given_up = self._stateless = False
+        self._given_up = self._stateless = self._unmapped = False
 
-    def begin(self, session: "Session", good: int) -> None:
-        """Append after the first `good` bytes, or begin a new file where there are none."""
-        self._guarded(lambda: self._begin(session, good))
+    def begin(self, session: "Session", good: int, unrecorded: list[int]) -> None:
+        """Append after the first `good` bytes, or begin a new file where there are none.
+
+        unrecorded: the last tokens of the session, which those bytes lack.
+        """
+        self._guarded(lambda: self._begin(session, good, unrecorded))
 
     def full(self, session: "Session") -> None:
         """The conversation has changed in another way than by a turn."""
@@ -212,20 +223,24 @@ class Journal:
 
     def turn(
         self, session: "Session", kept: "Sequence[Turn]", text: str, taken: list[int], common: int
-    ) -> None:
+    ) -> Array | None:
         """A message is going to be answered after the turns `kept`.
 
-        The prompt is `taken`, whose first `common` tokens are those of the session.
+        The prompt is `taken`, whose first `common` tokens are those of the session. Returns the
+        history that the decode loop is to write; None where that cannot be had.
         """
         self._answered = 0
+        tag = secrets.token_bytes(TAG_BYTES)
         self._settings = _settings(session)
         described = self._settings | {
             "keep": len(kept),
             "forget": bool(kept) and kept[-1].end is None,
             "from": common,
             "text": text,
+            "tag": tag.hex(),
         }
         self._guarded(lambda: self._append(b"turn", described, taken[common:], flush=True))
+        return self._mapped(tag, taken, session.model.context + 2)
 
     def more(self, tokens: list[int]) -> None:
         """The running answer has these tokens so far."""
@@ -236,7 +251,7 @@ class Journal:
 
     def rest(self, session: "Session") -> None:
         """An answer is over, and the state one to come back to."""
-        self._guarded(lambda: self._compact(session))
+        self._guarded(lambda: self._end_answer(session))
         self._keep_state(session)
 
     def reached(self, session: "Session") -> None:
@@ -249,7 +264,7 @@ class Journal:
         """Write what is not yet written, and let others have the session."""
         if self._settings != _settings(session):
             self.full(session)
-        self._guarded(self._flush)
+        self._guarded(self._end)
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -273,7 +288,7 @@ class Journal:
                 self._file = None
             warnings.warn(f"session {self.name!r} is not recorded: {reason}", stacklevel=3)
 
-    def _begin(self, session: "Session", good: int) -> None:
+    def _begin(self, session: "Session", good: int, unrecorded: list[int]) -> None:
         self._settings = _settings(session)
         if not good:
             self._rewrite(session)
@@ -282,6 +297,8 @@ class Journal:
         self._file.truncate(good)
         self._file.seek(good)
         self._size = good
+        if unrecorded:
+            self._append(b"more", {}, unrecorded, flush=True)
 
     def _rewrite(self, session: "Session") -> None:
         if self._file is not None:
@@ -316,8 +333,30 @@ class Journal:
         assert self._file is not None
         os.fsync(self._file.fileno())
 
-    def _compact(self, session: "Session") -> None:
+    def _mapped(self, tag: bytes, prompt: list[int], room: int) -> Array | None:
+        if self._given_up or self._unmapped:
+            return None
+        try:
+            return self._answer.begin(tag, prompt, room)
+        except OSError as error:
+            self._unmapped = True
+            warnings.warn(
+                f"if the process is killed, session {self.name!r} loses the last tokens: "
+                f"{failure(self._answer.path, HEAD + 4 * room, error)}",
+                stacklevel=3,
+            )
+            return None
+
+    def _end_answer(self, session: "Session") -> None:
         self._flush()
+        self._answer.end()
+        self._compact(session)
+
+    def _end(self) -> None:
+        self._flush()
+        self._answer.remove()
+
+    def _compact(self, session: "Session") -> None:
         texts = sum(len(turn.text) + len(turn.answer or "") + 64 for turn in session._turns)
         if self._size > 2 * (4 * len(session._tokens) + texts) + SLACK:
             self._rewrite(session)
@@ -390,8 +429,8 @@ def _payload(described: dict[str, Any], tokens: Sequence[int]) -> bytes:
     return _LENGTH.pack(len(text)) + text + np.asarray(tokens, "<i4").tobytes()
 
 
-def _read(model: "Model", path: Path) -> tuple["Session", int]:
-    """The conversation in a journal, and how many of its bytes are good."""
+def _read(model: "Model", path: Path) -> tuple["Session", int, list[int]]:
+    """The conversation in a journal, how many of its bytes are good, and its tokens beyond them."""
     replay = _Replay(model)
     good = 0
     with opened(path) as file:
@@ -409,14 +448,14 @@ def _read(model: "Model", path: Path) -> tuple["Session", int]:
             raise Damaged(f"{path}: a record after byte {good} makes no sense: {error}") from None
     if not good:
         raise Damaged(f"{path}: the file is damaged: it holds no conversation")
-    replay.settle()
+    unrecorded = replay.finish(path.with_name("answer"))
     tokens = replay.tokens
     if len(tokens) > model.context + 1:
         raise UsageError(
             f"{path}: the session has {len(tokens)} tokens and the context only {model.context}; "
             "open the model with a larger one"
         )
-    return session_of(model, path, replay.talk, np.array(tokens, "<i4")), good
+    return session_of(model, path, replay.talk, np.array(tokens, "<i4")), good, unrecorded
 
 
 class _Replay:
@@ -426,6 +465,7 @@ class _Replay:
         self._model = model
         self.talk: dict[str, Any] = {}
         self.tokens: list[int] = []
+        self._tag: Any = None
 
     def take(self, kind: bytes, payload: bytes) -> None:
         """One more record; KeyError, TypeError or ValueError if it cannot follow."""
@@ -434,7 +474,7 @@ class _Replay:
         part = json.loads(payload[_LENGTH.size : start])
         tokens = np.frombuffer(payload[start:], "<i4").tolist()
         if kind == b"full":
-            self.talk, self.tokens = part, tokens
+            self.talk, self.tokens, self._tag = part, tokens, None
         elif kind == b"more":
             self.tokens += tokens
         elif kind == b"turn":
@@ -444,6 +484,7 @@ class _Replay:
                 turns = [[text, answer, None, None] for text, answer, _, _ in turns]
             self.tokens = self.tokens[: part["from"]] + tokens
             turns.append([part["text"], None, len(self.tokens), None])
+            self._tag = part.get("tag")
             self.talk = {
                 "system": part["system"],
                 "rendered_system": part["system"],
@@ -452,6 +493,19 @@ class _Replay:
             }
         else:
             raise ValueError(f"its kind is {kind!r}")
+
+    def finish(self, path: Path) -> list[int]:
+        """No more records follow: the tokens that the file of the running answer adds to them."""
+        found = []
+        if isinstance(self._tag, str):
+            with suppress(ValueError):
+                tag, vocabulary = bytes.fromhex(self._tag), self._model.config.vocabulary
+                found = tokens_beyond(path, tag, self.tokens, vocabulary)
+        ends = self._model.ends
+        added = list(takewhile(lambda token: not ends[token], found))
+        self.tokens += added
+        self.settle()
+        return added
 
     def settle(self) -> None:
         """End the answer that was running."""

@@ -25,6 +25,7 @@ from ondevice.sampling import Sampling
 from ondevice.snapshots import History
 from ondevice.state import State
 from quant.errors import UsageError
+from quant.format import Array
 
 if TYPE_CHECKING:
     from ondevice.journal import Journal
@@ -245,15 +246,18 @@ class Session:
         self.model.check_room(len(taken))
         if len(self._tokens) - self.position <= 1:  # the end of an answer
             self._history.add(self._state)
+        written = None
         if self.journal is not None:
-            self.journal.turn(self, turns, text, taken, common_prefix(self._tokens, taken))
+            common = common_prefix(self._tokens, taken)
+            written = self.journal.turn(self, turns, text, taken, common)
         self._go_to(taken, len(taken) - 1)
-        self.last = self._completion(taken)
+        self.last = self._completion(taken, written)
         self._turns = [*turns, Turn(text, prompt=len(taken))]
         self._rendered, self._rendered_system = rendered, self._system
         return self.last
 
-    def _completion(self, tokens: Sequence[int]) -> Completion:
+    def _completion(self, tokens: Sequence[int], written: Array | None) -> Completion:
+        """written: where the decode loop writes the tokens, if they are to outlive the process."""
         cache, state = self.model.prompt_cache, self._state
         head = self._head(tokens)
         stops, keep = reading(cache, tokens, state, head)
@@ -277,6 +281,7 @@ class Session:
             stops=[*stops, head],
             when_taken=None if journal is None else lambda _: journal.more(self._answer_tokens()),
             when_ended=None if journal is None else self._finish,
+            history=written,
         )
 
     def _head(self, tokens: Sequence[int]) -> int:

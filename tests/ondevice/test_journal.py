@@ -1,7 +1,10 @@
 """Sessions with names: what a killed process leaves is whole, and goes on where it was."""
 
+import dataclasses
 import os
 import random
+import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -14,9 +17,10 @@ import numpy as np
 import pytest
 
 import ondevice
-from ondevice import generate, journal
+from ondevice import answer_file, generate, journal
 from ondevice.generate import Completion
 from ondevice.journal import go_on_as, model_of, names, open_session
+from ondevice.kernels import layout
 from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.session import Session
@@ -25,6 +29,7 @@ from quant.errors import Error, ResourceError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
+WILD = Sampling(temperature=100.0, top_k=0, top_p=1.0, seed=4)
 
 
 def take(completion: Completion, count: int = 10) -> None:
@@ -267,6 +272,239 @@ def test_another_model_or_context(endless: Model, demo: Model) -> None:
     open_session(endless, "one").close()  # none of them kept the lock
 
 
+# ---- the burst that is running ----
+
+
+def left_behind(session: Session, name: str, answer: bytes | None = None) -> str:
+    """A session as it would be found if the process were killed now.
+
+    answer: what the file of the running answer is to hold; nothing removes it.
+    """
+    assert session.journal is not None
+    folder = session.journal.path.parent
+    copy = folder.with_name(name)
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    if answer is not None:
+        (copy / "answer").unlink(missing_ok=True)
+    if answer:
+        (copy / "answer").write_bytes(answer)
+    return name
+
+
+def in_a_burst(model: Model, sampling: Sampling = GREEDY, name: str = "one") -> Session:
+    """A session whose decode loop has chosen tokens that its journal has not heard of."""
+    session = open_session(model, name, "Be brief.", sampling)
+    take(session.send("Hello"), 12)
+    take(session.send("Why?"), 12)
+    answer = session.send("Who are you?")
+    take(answer, 3)
+    go_on_unheard(answer)
+    return session
+
+
+def go_on_unheard(answer: Completion) -> None:
+    """Let the decode loop choose some tokens without a word to anybody."""
+    enough = len(answer.tokens) + 8
+    while len(answer.tokens) < enough:
+        answer._decode(8)
+
+
+def answer_bytes(session: Session) -> bytes:
+    assert session.journal is not None
+    return session.journal.path.with_name("answer").read_bytes()
+
+
+def found(model: Model, name: str) -> Session:
+    """A session as it is opened, closed again."""
+    session = open_session(model, name, must_exist=True)
+    session.close()
+    return session
+
+
+@pytest.mark.parametrize("guesses", [0, 2])
+@pytest.mark.parametrize("sampling", [GREEDY, WILD])
+def test_a_kill_within_a_burst_loses_no_token(
+    guesses: int, sampling: Sampling, endless: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endless.ahead.depth, "fixed", guesses)
+    session = in_a_burst(endless, sampling)
+    left_behind(session, "killed")
+    left_behind(session, "journal alone", b"")
+    again = open_session(endless, "killed")
+    left_behind(again, "killed again", b"")  # by now the journal has them
+    assert_as_before(again, session)
+    assert len(found(endless, "journal alone")._tokens) <= len(session._tokens) - 8
+    assert_fresh(again)
+    take(again.send("And?"))
+    again.close()
+    assert_as_before(found(endless, "killed"), again)
+    assert_as_before(found(endless, "killed again"), session)
+    session.close()
+
+
+def test_an_answer_that_ended_within_the_lost_burst(
+    endless: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = open_session(endless, "free", None, WILD)
+    take(free.send("Hello"), 20)
+    free.close()
+    tokens = free._tokens[free._turns[0].prompt :]
+    ends = np.zeros_like(endless.ends)
+    ends[tokens[12]] = 1
+    monkeypatch.setattr(endless, "ends", ends)
+    session = open_session(endless, "one", None, WILD)
+    answer = session.send("Hello")
+    take(answer, 1)
+    while answer.finish_reason is None:
+        answer._decode(40)
+    assert answer.ended_with == tokens[12]
+    assert answer.tokens == tokens[: tokens.index(tokens[12])]
+    left_behind(session, "killed")
+    again = found(endless, "killed")
+    assert again._tokens[again._turns[0].prompt :] == answer.tokens
+    assert_as_before(again, session)
+    session.close()
+
+
+@pytest.mark.parametrize("what", ["edit", "regenerate", "send", "undo", "trim", "clear", "system"])
+def test_a_discarded_answer_does_not_come_back(what: str, endless: Model) -> None:
+    session = in_a_burst(endless, dataclasses.replace(WILD, seed=None))  # no answer is another's
+    stale = answer_bytes(session)
+    left_behind(session, "killed")
+    if what == "edit":
+        session.edit(2, "Who is she?")
+    elif what == "regenerate":
+        session.regenerate()
+    elif what == "send":
+        session.send("And?")
+    elif what == "system":
+        session.system = "Be kind."
+        session.messages  # noqa: B018
+    else:
+        getattr(session, what)()
+    left_behind(session, "begun")
+    left_behind(session, "begun, file as before", stale)
+    if what in ("edit", "regenerate", "send"):
+        assert session.last is not None
+        take(session.last, 3)
+        left_behind(session, "answered, file as before", stale)
+        go_on_unheard(session.last)
+        left_behind(session, "answered")
+        assert len(found(endless, "answered")._tokens) > len(
+            found(endless, "answered, file as before")._tokens
+        )
+    session._settle()
+    left_behind(session, "over")
+    left_behind(session, "over, file as before", stale)
+    for name in ("over", "over, file as before", "answered"):
+        if name in names():
+            again = found(endless, name)
+            assert (again._tokens, again.messages) == (session._tokens, session.messages)
+    for name in ("begun", "begun, file as before", "answered, file as before"):
+        if name in names():
+            again = found(endless, name)
+            assert again._tokens == session._tokens[: len(again._tokens)]
+            assert again.turns == session.turns
+            assert "answered" in name or "answered" not in names() or again._turns[-1].answer == ""
+    before = found(endless, "killed")
+    session.close()
+    assert_as_before(found(endless, "one"), session)
+    assert len(before._tokens) == stale_length(stale)
+
+
+def stale_length(answer: bytes) -> int:
+    tokens = np.frombuffer(answer[answer_file.HEAD :], "<i4")
+    return int(np.argmax(tokens == answer_file.UNKNOWN))
+
+
+def test_an_answer_file_that_is_damaged_counts_as_none(endless: Model) -> None:
+    session = in_a_burst(endless)
+    other = in_a_burst(endless, name="other")
+    foreign = answer_bytes(other)
+    other.close()
+    whole = answer_bytes(session)
+    alone = found(endless, left_behind(session, "alone", b""))
+    assert session.last is not None
+    head, known = answer_file.HEAD, len(alone._tokens)
+    chosen = stale_length(whole)
+    assert found(endless, left_behind(session, "whole", whole))._tokens[known:]
+
+    def changed(token: int, value: int) -> bytes:
+        data = bytearray(whole)
+        data[head + 4 * token : head + 4 * token + 4] = value.to_bytes(4, "little", signed=True)
+        return bytes(data)
+
+    damaged = [whole[:cut] for cut in (0, 5, head - 1, head, head + 3, len(whole) // 2)]
+    damaged += [whole[:-1], whole[:-4], whole + bytes(4), whole[: head + 4 * chosen], foreign]
+    damaged += [random.Random(1).randbytes(len(whole)), bytes(len(whole)), whole[4:] + bytes(4)]
+    damaged += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in (0, 8, 15, 16, 23, 40)]
+    damaged += [changed(n, whole[head + 4 * n] ^ 1) for n in (0, known - 1)]
+    worst = (endless.config.vocabulary, -2, 2**31 - 1, -(2**31))
+    damaged += [changed(n, value) for n in (known, chosen - 1) for value in worst]
+    damaged += [whole[: head + 4 * chosen] + whole[head : head + 4] * (len(whole) // 4)]
+    damaged += [damaged[-1][: len(whole)]]
+    for data in damaged:
+        left_behind(session, "killed", data)
+        again = open_session(endless, "killed")
+        assert_as_before(again, alone)
+        take(again.send("And?"), 2)
+        again.close()
+        assert_as_before(found(endless, "killed"), again)
+    session.close()
+
+
+def test_a_folder_in_the_answer_files_place(endless: Model) -> None:
+    session = in_a_burst(endless)
+    left_behind(session, "killed", b"")
+    assert session.journal is not None
+    place = session.journal.path.parent.with_name("killed") / "answer"
+    place.mkdir()
+    again = open_session(endless, "killed")
+    with pytest.warns(UserWarning, match="'killed' loses the last tokens: .*answer: .*directory"):
+        take(again.send("And?"))
+    take(again.send("But?"))  # told once
+    again.close()
+    assert_as_before(found(endless, "killed"), again)
+    session.close()
+
+
+def test_an_answer_file_of_another_context(endless: Model) -> None:
+    with ondevice.load(endless.path, threads=1, context=400) as model:
+        model.ends[:] = 0
+        small = in_a_burst(model)
+        left_behind(small, "killed")
+        again = open_session(endless, "killed")
+        assert_as_before(again, small)
+        take(again.send("And?"), 4)
+        assert len(answer_bytes(again)) > len(answer_bytes(small))
+        left_behind(again, "killed again")
+        again.close()
+        assert_as_before(found(model, "killed again"), again)
+        small.close()
+
+
+def test_the_answer_file_goes_with_its_answer(endless: Model) -> None:
+    session = open_session(endless, "one")
+    assert session.journal is not None
+    path = session.journal.path.with_name("answer")
+    assert not path.exists()
+    take(session.send("Hello"), 4)
+    if sys.platform != "win32":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert any(path.read_bytes()[: answer_file.HEAD])
+    session.cancel()
+    session.messages  # noqa: B018
+    assert not any(path.read_bytes()[: answer_file.HEAD])
+    take(session.send("Hello"), 4)
+    go_on_as(session, "two")
+    assert not path.exists()
+    take(session.send("Hello"), 4)
+    session.close()
+    assert not path.with_name("two").exists()
+    assert names() == ["two", "one"]
+
+
 # ---- where nothing can be written ----
 
 
@@ -308,6 +546,25 @@ def test_a_disk_that_fills_up(what: str, endless: Model, monkeypatch: pytest.Mon
     assert_fresh(session)
 
 
+def test_a_disk_with_little_room(
+    endless: Model, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped might not be written to: bursts are recorded as they end, and no sooner."""
+    monkeypatch.setattr(answer_file, "FREE", 1 << 62)
+    session = open_session(endless, "one", None, GREEDY)
+    with pytest.warns(UserWarning, match="'one' loses the last tokens: .*answer: the disk is full"):
+        answer = session.send("Hello")
+    take(answer, 12)
+    shown = len(answer.tokens)
+    go_on_unheard(answer)
+    left_behind(session, "killed")
+    again = found(endless, "killed")
+    assert again._tokens[again._turns[0].prompt :] == answer.tokens[:shown]
+    take(session.send("And?"))
+    session.close()
+    assert_as_before(found(endless, "one"), session)
+
+
 # ---- growth ----
 
 
@@ -333,18 +590,35 @@ def test_a_session_takes_no_more_than_it_needs(
 # ---- other processes ----
 
 CHILD = """
-import random, sys
+import mmap, random, sys
+import numpy as np
 import ondevice
 from ondevice import generate, journal
+from ondevice.kernels import layout
 from pathlib import Path
 
-folder, path, seed = sys.argv[1:]
+folder, path, number, record = sys.argv[1:]
+seed = int(number)
 journal.cache_root = lambda: Path(folder)
-generate.LONGEST_BURST = 4
+generate.LONGEST_BURST = (256, 256, 256, 4)[seed % 4]
 model = ondevice.load(path, threads=1)
 model.ends[:] = 0
-session = journal.open_session(model, "one")
-chance = random.Random(int(seed))
+model.ahead.depth.fixed = seed // 2 % 3
+
+# The step record is one that outlives the process, so that the number of tokens that the loop has
+# counted is known whatever becomes of the journal.
+with open(record, "r+b") as file:
+    step = np.frombuffer(mmap.mmap(file.fileno(), 8 * layout.STEP_WORDS), np.int64)
+made = generate.Completion.__init__
+def __init__(self, *arguments, **options):
+    made(self, *arguments, **options)
+    step[:] = self._step
+    self._step = step
+generate.Completion.__init__ = __init__
+
+options = {"seed": seed, "temperature": (100.0, 0.0)[seed % 3 == 2], "top_k": 0, "top_p": 1.0}
+session = journal.open_session(model, "one", options=options)
+chance = random.Random(seed)
 print("open", flush=True)
 while True:
     text = "".join(chance.choices("abc xyz", k=chance.choice([3, 300])))
@@ -354,39 +628,81 @@ while True:
     elif not session.turns or (kind == "trim" and session.turns < 2):
         kind = "send"
     print(kind, flush=True)
+    step[layout.HISTORY_LENGTH] = 0
     if kind in ("trim", "undo"):
         getattr(session, kind)()
         continue
     answer = session.regenerate() if kind == "regenerate" else session.send(text)
-    for number, token in zip(range(chance.randrange(40)), answer.ids()):
-        shown = session._tokens[: answer.prompt_tokens] + answer.tokens[: number + 1]
-        print(*shown, flush=True)
+    for number, token in zip(range(chance.choice([40, 400])), answer.ids()):
+        if number % 16 == 0:
+            shown = session._tokens[: answer.prompt_tokens] + answer.tokens[: number + 1]
+            print(*shown, flush=True)
 """
 
 
-def start(folder: Path, model: Path, seed: int) -> subprocess.Popen[str]:
+def start(folder: Path, model: Path, seed: int) -> subprocess.Popen[bytes]:
+    (folder / "step").write_bytes(bytes(8 * layout.STEP_WORDS))
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(model), str(seed)],
+        [sys.executable, "-c", CHILD, str(folder), str(model), str(seed), str(folder / "step")],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        encoding="ascii",
     )
 
 
-def kill_and_open(model: Model, folder: Path, moments: int) -> None:
+def killed_after(child: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """What a child prints until it is killed."""
+    assert child.stdout is not None
+    printed: list[bytes] = []
+    reader = threading.Thread(target=lambda out=child.stdout: printed.append(out.read()))  # type: ignore[misc]
+    reader.start()  # so that a full pipe does not hold up the child
+    time.sleep(seconds)
+    child.kill()
+    reader.join()
+    child.stdout.close()
+    child.wait()
+    return printed[0]
+
+
+def counted(folder: Path) -> int:
+    """Tokens of prompt and answer that a killed child's decode loop had; 0 between answers."""
+    return int(np.fromfile(folder / "step", np.int64)[layout.HISTORY_LENGTH])
+
+
+def assert_answer_right(session: Session) -> None:
+    """The last answer is the beginning of what the model says."""
+    last, model = session._turns[-1], session.model
+    assert last.prompt is not None
+    answer = session._tokens[last.prompt : last.end]
+    state = State(model.config, model.context)
+    again = Completion(model, state, session._tokens[: last.prompt], session.sampling)
+    assert list(islice(again.ids(), len(answer))) == answer
+
+
+def kill_and_open(model: Model, folder: Path, moments: int) -> tuple[int, int, int]:
+    """What was shown is kept, and so is what was chosen, but for a token.
+
+    How many moments were within an answer; after how many of them the journal alone would have
+    lost tokens; the most that a moment lost.
+    """
+    folder.mkdir()
     chance = random.Random(moments)
-    replayed = []
+    replayed, lost, rescued = [], [], 0
     for seed in range(moments):
         child = start(folder, model.path, seed)
         assert child.stdout is not None
         line = child.stdout.readline()
-        assert line == "open\n"
-        time.sleep(chance.random() * 0.5)
-        child.kill()
-        lines = child.stdout.read().split("\n")[:-1]  # what has no end was not shown
-        child.stdout.close()
-        child.wait()
+        assert line == b"open\n"
+        printed = killed_after(child, chance.random() * 0.5).decode()
+        lines = printed.split("\n")[:-1]  # what has no end was not shown
+        shutil.rmtree(folder / "sessions" / "alone", ignore_errors=True)
+        leave = shutil.ignore_patterns("answer")
+        shutil.copytree(folder / "sessions" / "one", folder / "sessions" / "alone", ignore=leave)
         session = open_session(model, "one", must_exist=True)
+        if chosen := counted(folder):
+            lost.append(chosen - len(session._tokens))
+            rescued += len(session._tokens) - len(found(model, "alone")._tokens) > 1
+            assert lost[-1] <= 1
+            assert_answer_right(session)
         before = next((n for n in reversed(range(len(lines))) if lines[n][0].isdigit()), None)
         if before is not None and not {"undo", "trim", "regenerate"} & {*lines[before + 1 :]}:
             shown = [int(token) for token in lines[before].split()]
@@ -395,17 +711,20 @@ def kill_and_open(model: Model, folder: Path, moments: int) -> None:
         replayed.append(len(session._tokens) - session.position)
         session.close()
     assert min(replayed) < 200
+    return len(lost), rescued, max(lost)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_any_moment(endless: Model, tmp_path: Path, own_cache: Path) -> None:
-    kill_and_open(endless, own_cache, 8)
+    within, _, _ = kill_and_open(endless, own_cache, 8)
+    assert within
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_a_hundred_moments(endless: Model, own_cache: Path) -> None:
-    kill_and_open(endless, own_cache, 100)
+    within, rescued, _ = kill_and_open(endless, own_cache, 100)
+    assert within > 30 and rescued > 5
 
 
 CHAT = """
@@ -432,6 +751,7 @@ def kill_a_chat(model: Model, folder: Path, moments: int) -> tuple[int, int, int
 
     Answers printed in all, those that a kill cut, and the most characters that were kept unseen.
     """
+    model.ends[::50] = 1  # as in the child
     chance, unseen, whole, cut = random.Random(moments), [], 0, 0
     for moment in range(moments):
         name, guesses = f"chat {moment}", str(moment % 3)
@@ -445,19 +765,12 @@ def kill_a_chat(model: Model, folder: Path, moments: int) -> tuple[int, int, int
         assert child.stdout is not None and child.stderr is not None
         line = child.stderr.readline()
         assert line == b"open\n", line
-        printed: list[bytes] = []
-        reader = threading.Thread(target=lambda out=child.stdout, to=printed: to.append(out.read()))  # type: ignore[misc]
-        reader.start()  # so that a full pipe does not hold up the chat
-        time.sleep(chance.random() * 0.3)
-        child.kill()
-        reader.join()
-        child.wait()
-        child.stdout.close()
+        printed = killed_after(child, chance.random() * 0.3)
         child.stderr.close()
         session = open_session(model, name, must_exist=True)
         answers = [m["content"] for m in session.messages if m["role"] == "assistant"]
         kept = "".join(answer + "\n" for answer in answers)
-        shown = printed[0].decode(errors="ignore")  # a write may be cut within a character
+        shown = printed.decode(errors="ignore")  # a write may be cut within a character
         assert kept.startswith(shown)
         assert_fresh(session)
         session.close()
@@ -483,10 +796,11 @@ def test_what_a_chat_killed_at_a_hundred_moments_printed_is_kept(
 
 
 def test_one_process_at_a_time(endless: Model, own_cache: Path) -> None:
+    own_cache.mkdir()
     child = start(own_cache, endless.path, 1)
     assert child.stdout is not None
     try:
-        assert child.stdout.readline() == "open\n"
+        assert child.stdout.readline() == b"open\n"
         with pytest.raises(ResourceError, match="session 'one' is open in another process"):
             open_session(endless, "one")
         open_session(endless, "two").close()
