@@ -255,14 +255,17 @@ def inspect(
 ) -> None:
     """Show what a model file holds, without loading it.
 
-    With --memory also what that much would be used for, and how fast the model would write.
+    With --memory also what that much would be used for, and how fast the model would write. If its
+    experts would come from disk and it never ran here, it writes some tokens for that.
     """
     from ondevice import demo, inspection
 
     path = demo.model_path(model, compiling)
     described = inspection.describe(path)
     if memory is not None:
-        described["memory"] = inspection.predict(path, memory, threads, context, kv, trying)
+        described["memory"] = inspection.predict(
+            path, memory, threads, context, kv, progress=trying, compiling=compiling
+        )
     if as_json:
         print_json(described)
         return

@@ -19,12 +19,14 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ondevice.config import Config
 from ondevice.gguf_file import GGUFFile, Tensor
-from ondevice.usage import BY_TRACES
 from ondevice.weights import Weights
+
+if TYPE_CHECKING:
+    from quant.compiling import Report
 
 READINGS = 40
 """Of the memory's bandwidth, 1.5 seconds before and after the disk is looked at."""
@@ -89,12 +91,13 @@ def predict(
     context: int | None = None,
     kv: str = "i16",
     progress: Callable[[int, int], None] | None = None,
+    compiling: "Report | None" = None,
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
     Measures the bandwidths of memory and disk: takes 8 to 17 seconds. Where experts would come from
     disk and no run has shown yet which ones, the model writes some tokens first; progress(done,
-    all) is told how many.
+    all) is told how many, and `compiling` how many kernels are compiled for that.
     """
     from ondevice import disk, trial
     from ondevice.budget import available
@@ -103,13 +106,14 @@ def predict(
     from ondevice.kernels.team import Team
     from ondevice.machine import Machine
     from ondevice.planning import Options, default_threads, earlier_use, planned
+    from ondevice.usage import BY_TRACES
 
     options = Options(Path(path), threads, context, memory, kv)
     with GGUFFile.open(options.path) as file:
         found = planned(file, options)
         _, usage = earlier_use(file, found)
         if found.plan.cached and usage.source == BY_TRACES and memory <= (available() or memory):
-            trial.write_some(options, progress)
+            trial.write_some(options, progress, compiling)
             _, usage = earlier_use(file, found)
     described = describe(path)
     config, plan = described["config"], found.plan

@@ -9,16 +9,24 @@ import time
 from collections.abc import Callable
 
 from ondevice.planning import Options
+from quant.compiling import Report
 
 BEGINNING = "Once upon a time, in a town by the sea,"
 TOKENS = 80
 ENOUGH_TOKENS = 48
 """After which a trial that has taken SECONDS ends."""
 SECONDS = 20.0
+MOST_SECONDS = 60.0
+"""After which it ends, however few tokens there are."""
 
 
-def write_some(options: Options, progress: Callable[[int, int], None] | None = None) -> None:
-    """Open the model and let it write; progress(done, all) is told how many tokens there are."""
+def write_some(
+    options: Options,
+    progress: Callable[[int, int], None] | None = None,
+    compiling: Report | None = None,
+) -> None:
+    """Open the model and let it write; progress(done, all) is told how many tokens there are,
+    `compiling` how many kernels."""
     from ondevice.model import Model
 
     with Model(
@@ -27,6 +35,7 @@ def write_some(options: Options, progress: Callable[[int, int], None] | None = N
         options.context,
         options.memory,
         options.kv,
+        compiling,
         mtp=options.mtp,
     ) as model:
         model.ends[:] = 0
@@ -39,5 +48,6 @@ def write_some(options: Options, progress: Callable[[int, int], None] | None = N
             done = len(completion.tokens)
             if progress is not None:
                 progress(done, completion.max_tokens)
-            if done >= ENOUGH_TOKENS and time.perf_counter() - started > SECONDS:
+            seconds = time.perf_counter() - started
+            if seconds > (SECONDS if done >= ENOUGH_TOKENS else MOST_SECONDS):
                 completion.cancel()
