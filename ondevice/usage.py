@@ -31,8 +31,8 @@ from quant.folders import cache_root, private_folder
 from quant.format import Array
 
 BUCKETS = 64
-ENOUGH = 20_000
-"""Uses from which on what was noted is better than what was published."""
+ENOUGH = 400
+"""Uses in each layer from which on what was noted is better than what was published."""
 PUBLISHED = (
     (0.0, 0.0),
     (0.03125, 0.406),
@@ -85,8 +85,12 @@ class Usage:
     @property
     def source(self) -> str:
         """Where `hit_rate` comes from."""
-        known = self.ended.sum() >= ENOUGH
-        return "by this model's last runs" if known else BY_TRACES
+        return "by this model's last runs" if self.known else BY_TRACES
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was noted to tell how often experts come back."""
+        return bool(self.ended.sum() + self.open.sum() >= ENOUGH * len(self.uses))
 
     @property
     def bytes_per_reading_second(self) -> float | None:
@@ -109,7 +113,7 @@ class Usage:
         total = int(self.uses.size)
         if experts >= total:
             return 1.0
-        if self.ended.sum() < ENOUGH:
+        if not self.known:
             shares, rates = zip(*PUBLISHED, strict=True)
             return float(np.interp(experts / total, shares, rates))
         ended, unknown = self.ended.astype(float), self.open.astype(float)

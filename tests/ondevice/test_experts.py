@@ -507,7 +507,6 @@ def test_a_forecast_of_a_model_that_never_ran_tries_it_out(
     monkeypatch.setattr(inspection, "READINGS", 1)
     monkeypatch.setattr(disk_module, "bandwidth", lambda *_: 2e9)
     monkeypatch.setattr("ondevice.usage.cache_root", lambda: tmp_path)
-    monkeypatch.setattr("ondevice.usage.ENOUGH", 1000)
     monkeypatch.setattr("ondevice.usage.ENOUGH_BYTES", 1)
     told: list[tuple[int, int]] = []
     predict = partial(inspection.predict, mapped.path, small(mapped), context=CONTEXT)
