@@ -23,6 +23,7 @@ from ondevice.console import (
     note,
     print_figures,
     print_json,
+    rewrite,
     size,
     trying,
     watched,
@@ -219,12 +220,11 @@ class ProgressLine(contextlib.AbstractContextManager["ProgressLine"]):
     """A line on the terminal, rewritten in place: share done, rate, time left, tensor."""
 
     def __init__(self) -> None:
-        self.shown = sys.stderr.isatty()
         self.last = 0.0
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()
-        if not self.shown or now - self.last < 0.1:
+        if now - self.last < 0.1:
             return
         self.last = now
         share = progress.done_bytes / max(progress.total_bytes, 1)
@@ -232,11 +232,10 @@ class ProgressLine(contextlib.AbstractContextManager["ProgressLine"]):
         line = f"{share:4.0%}  {progress.rate / 1e6:,.0f} MB/s  {minutes}:{seconds:02} left"
         width = shutil.get_terminal_size().columns - 1
         line = f"{line}  {progress.tensor}"[:width]
-        click.secho(f"\r\x1b[K{line}", err=True, dim=True, nl=False)
+        rewrite(line)
 
     def __exit__(self, *exception: object) -> None:
-        if self.shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
+        rewrite("")
 
 
 @main.command()
@@ -538,9 +537,7 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 
 def window_progress(done: int, total: int, so_far: float) -> None:
-    if sys.stderr.isatty():
-        line = f"window {done} of {total}, perplexity {so_far:.3f}"
-        click.secho(f"\r\x1b[K{line}", err=True, dim=True, nl=done == total)
+    rewrite(f"window {done} of {total}, perplexity {so_far:.3f}", end=done == total)
 
 
 if __name__ == "__main__":

@@ -73,18 +73,26 @@ def note(message: str) -> None:
         click.secho(message, err=True, dim=True)
 
 
-def compiling(done: int, needed: int) -> None:
-    """The line that explains the first start on a machine; rewritten in place, gone at the end."""
+def rewrite(line: str, end: bool = False) -> None:
+    """A line in the place of the last one, for a person who is watching; without text it is gone.
+
+    After the `end` the next one is below it.
+    """
     if sys.stderr.isatty():
-        line = f"compiling kernels for this machine, once: {done} of {needed}"
-        click.secho(f"\r\x1b[K{line if done < needed else ''}", err=True, dim=True, nl=False)
+        shown = click.style(line, dim=True) if line else ""
+        click.echo(f"\r\x1b[K{shown}", err=True, nl=end)
+
+
+def compiling(done: int, needed: int) -> None:
+    """The line that explains the first start on a machine, gone at the end."""
+    line = f"compiling kernels for this machine, once: {done} of {needed}"
+    rewrite(line if done < needed else "")
 
 
 def trying(done: int, total: int) -> None:
-    """The line that explains why a forecast takes its time, in the same way."""
-    if sys.stderr.isatty():
-        line = f"writing some tokens to see what the disk is asked for: {done} of {total}"
-        click.secho(f"\r\x1b[K{line if done < total else ''}", err=True, dim=True, nl=False)
+    """The line that explains why a forecast takes its time, gone at the end."""
+    line = f"writing some tokens to see what the disk is asked for: {done} of {total}"
+    rewrite(line if done < total else "")
 
 
 def watched(completion: "Completion") -> Iterator[str]:
@@ -114,9 +122,9 @@ def _reading(completion: "Completion", begun: threading.Event) -> None:
         done = completion.read_tokens
         rate = done / (time.monotonic() - started)
         minutes, seconds = divmod(round((total - done) / rate if rate else 0), 60)
-        text = f"reading the prompt: {done / total:4.0%}  {rate:,.0f} tokens/s"
-        click.secho(f"\r\x1b[K{text}  {minutes}:{seconds:02} left", err=True, dim=True, nl=False)
-    click.echo("\r\x1b[K", err=True, nl=False)
+        line = f"reading the prompt: {done / total:4.0%}  {rate:,.0f} tokens/s"
+        rewrite(f"{line}  {minutes}:{seconds:02} left")
+    rewrite("")
 
 
 def print_json(value: dict[str, Any]) -> None:
