@@ -50,7 +50,7 @@ class Depth:
 
     def __init__(self, mode: str) -> None:
         self.fixed: int | None = None
-        """For tests: guess so many."""
+        """Guess so many, whatever pays; for tests and trials."""
         self._least = 1 if mode == "on" else 0
         self._best = self._least
         self._seconds: list[float | None] = [None] * (PLACES + 1)  # of a cycle

@@ -106,13 +106,12 @@ def predict(
     from ondevice.kernels.team import Team
     from ondevice.machine import Machine
     from ondevice.planning import Options, default_threads, earlier_use, planned
-    from ondevice.usage import BY_TRACES
 
     options = Options(Path(path), threads, context, memory, kv)
     with GGUFFile.open(options.path) as file:
         found = planned(file, options)
         _, usage = earlier_use(file, found)
-        if found.plan.cached and usage.source == BY_TRACES and memory <= (available() or memory):
+        if found.plan.cached and not usage.known and memory <= (available() or memory):
             trial.write_some(options, progress, compiling)
             _, usage = earlier_use(file, found)
     described = describe(path)

@@ -51,3 +51,5 @@ def write_some(
             seconds = time.perf_counter() - started
             if seconds > (SECONDS if done >= ENOUGH_TOKENS else MOST_SECONDS):
                 completion.cancel()
+        if progress is not None:
+            progress(completion.max_tokens, completion.max_tokens)
