@@ -256,14 +256,14 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     """
     width = (size + 31) // 32 * 32
     item = bytes_of_set(width)
-    # the first token asks for the next tile, for all of them
-    following = tile_bytes(kind, width)
+    # several tokens find in the caches what the first one has read
+    ahead = tile_bytes(kind, width) if count == 1 else 0
     for group in range(0, TILE // GROUP, 2):
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
             if left > 0:
                 for i in range(per_token):
-                    rows, ahead = sets + (t * per_token + i) * item, following if t + i == 0 else 0
+                    rows = sets + (t * per_token + i) * item
                     score(kind, rows, width, tile, group, left > GROUP, ahead)
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
@@ -275,5 +275,5 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
             positions = tile_positions(first + t, chunk, start)
             if positions > 0:
                 for i in range(per_token):
-                    rows, ahead = sets + (t * per_token + i) * item, following if t + i == 0 else 0
+                    rows = sets + (t * per_token + i) * item
                     add_values(kind, rows, width, c, positions, tile, ahead)
