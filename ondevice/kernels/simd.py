@@ -373,17 +373,6 @@ def load_halves(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def store_halves(typing: Any, address: Any, value: Any) -> Any:
-    """Round an f32x16 to 16 IEEE halves."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        store_to(builder, args[0], float_to_half(builder, args[1]))
-        return context.get_dummy_value()
-
-    return types.none(types.intp, f32x16), lower
-
-
-@intrinsic
 def load_bfloats(typing: Any, address: Any) -> Any:
     """16 bfloat16 at address as an f32x16."""
 
