@@ -8,7 +8,7 @@ import pytest
 
 import convert
 import ondevice
-from ondevice import planning
+from ondevice import generate, journal, planning
 from ondevice.model import Model
 from tools.random_checkpoint import Shape, write_checkpoint
 
@@ -50,3 +50,11 @@ def small_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "BATCHES", planning.BATCHES[-1:])
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test; machine code stays where it is."""
+    monkeypatch.setattr(journal, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(generate, "LONGEST_BURST", 8)
+    return tmp_path / "cache"
