@@ -1,4 +1,4 @@
-"""llama.cpp as a program under test (benchmarks/worker.py), through llama-cpp-python's C functions.
+"""llama.cpp as a program under test (worker.py), through llama-cpp-python's C functions.
 
     python -m benchmarks.llama_cpp_worker FILE THREADS CONTEXT REPACK
 

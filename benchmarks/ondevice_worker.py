@@ -1,4 +1,4 @@
-"""This runtime as a program under test (benchmarks/worker.py).
+"""This runtime as a program under test (worker.py).
 
     python -m benchmarks.ondevice_worker FILE THREADS CONTEXT
 

@@ -78,7 +78,7 @@ class AnswerFile:
 def tokens_beyond(path: Path, tag: bytes, known: list[int], vocabulary: int) -> list[int]:
     """What was chosen after the tokens `known`, a prompt and the first of its answer.
 
-    None if there is no such file, or it is damaged, or about another answer.
+    Nothing if there is no such file, or it is damaged, or about another answer.
     """
     tokens = _tokens(path, tag)
     if tokens[: len(known)].tolist() != known:

@@ -2,7 +2,7 @@
 
 The forward pass is written down for batches of one token, which tells what a token of a batch and
 each thread take. A large batch reads the experts that a prompt touches, most of them, less
-often, so it is the largest whose buffers leave the rest of the memory what it is worth more for.
+often; a small one leaves more memory for the file's weights.
 """
 
 from collections.abc import Callable

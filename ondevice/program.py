@@ -187,9 +187,10 @@ class Program:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """New buffers are wanted within this stage only, which begins and ends at barriers."""
-        outer, self._stage = self._stage, name
+        assert self._stage is None, name
+        self._stage = name
         yield
-        self._stage = outer
+        self._stage = None
 
     @property
     def stage_bytes(self) -> int:
