@@ -63,7 +63,7 @@ i16x8, i16x16, i16x32 = (Vec(types.int16, n) for n in (8, 16, 32))
 u16x16 = Vec(types.uint16, 16)
 u32x4, u32x16 = Vec(types.uint32, 4), Vec(types.uint32, 16)
 i32x8, i32x16 = Vec(types.int32, 8), Vec(types.int32, 16)
-f32x8, f32x16 = Vec(types.float32, 8), Vec(types.float32, 16)
+f32x4, f32x8, f32x16 = (Vec(types.float32, n) for n in (4, 8, 16))
 
 
 # ---- building LLVM values ----
@@ -631,6 +631,16 @@ def load_quad(typing: Any, address: Any, stride: Any) -> Any:
         return join(builder, pieces)
 
     return u8x64(types.intp, types.intp), lower
+
+
+@intrinsic
+def halves(typing: Any, words: Any) -> Any:
+    """The halves whose bits are given as an i16x16, as f32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return half_to_float(builder, args[0])
+
+    return f32x16(i16x16), lower
 
 
 @intrinsic

@@ -37,6 +37,7 @@ from ondevice.kernels.simd import (
     broadcast,
     call,
     constant,
+    f32x4,
     f32x16,
     fold,
     i16x16,
@@ -64,6 +65,8 @@ PAIRED = _HAS_AVX2 and not (_HAS_VNNI_512 or _HAS_VNNI_256)
 BIASED = _HAS_VNNI_512 or _HAS_VNNI_256
 IN_ONE = _HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
+BY_FOURS = _HAS_VNNI_512
+"""Whether one shuffle takes what it likes from two vectors: four blocks of a row at once pay."""
 MOST_TOKENS = 8 if _HAS_AVX512BW else 4 if _HAS_SDOT else 2
 """Tokens of the largest tile whose sums stay in the registers of this machine."""
 
@@ -353,6 +356,45 @@ quad_dot = _product(_sixteen_of_all_rows, full=False)
 quad_dot_bytes = _product(_sixteen_of_all_rows, full=True)
 
 
+@intrinsic
+def halves_of_four_blocks(typing: Any, kind: Any, rows: Any, offset: Any) -> Any:
+    """(tile, rows, offset) -> two tiles of bytes from the tokens' codes of four blocks of 32.
+
+    A quarter holds 16 codes of a block, in the first tile its columns 0 .. 15.
+    """
+    codes = Tile(u8x64, kind.instance_type.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        halves: list[list[Any]] = [[], []]
+        for at in _places(builder, args[1], args[2]):
+            a, b = (
+                builder.bitcast(
+                    load_from(builder, builder.add(at, constant(I64, start)), llvm_type(u8x64)),
+                    ir.VectorType(I64, 8),
+                )
+                for start in (0, 64)
+            )
+            for half in range(2):
+                pieces = [4 * block + 2 * half + i for block in range(4) for i in range(2)]
+                chosen = shuffle_lanes(builder, a, b, pieces)
+                halves[half].append(builder.bitcast(chosen, llvm_type(u8x64)))
+        tiles = [_tile(builder, half) for half in halves]
+        return context.make_tuple(builder, sig.return_type, tiles)
+
+    return types.UniTuple(codes, 2)(kind, _addresses(kind.instance_type), types.int64), lower
+
+
+@intrinsic
+def codes_dot(typing: Any, dots: Any, w: Any, codes: Any) -> Any:
+    """dots + w * codes, the latter a tile of bytes."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pairs = zip(_vectors(builder, args[0]), _vectors(builder, args[2]), strict=True)
+        return _tile(builder, [_dot(builder, x, args[1], a, False) for x, a in pairs])
+
+    return dots(dots, u8x64, codes), lower
+
+
 def _rows_by_lanes(builder: ir.IRBuilder, pieces: Any, codes: list[Any], columns: int) -> list[Any]:
     """Products of pieces at an address with the tokens' codes, 16 columns a vector, by sdot."""
     kind, sixteen = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
@@ -598,6 +640,97 @@ def fold_quads(typing: Any, sums: Any) -> Any:
         return _tile(builder, result)
 
     return sums(sums), lower
+
+
+@intrinsic
+def fold_four(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The sums of the quarters of four tiles: lane i of a quarter is that of the i-th tile."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def halved(x: Any, y: Any) -> Any:
+            first = [lane + 16 * other for lane in (0, 1) for other in (0, 1)]
+            lanes = [4 * quarter + lane for quarter in range(4) for lane in first]
+            low = shuffle_lanes(builder, x, y, lanes)
+            high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
+            return builder.add(low, high)
+
+        result = []
+        for x, y, z, w in zip(*(_vectors(builder, tile) for tile in args), strict=True):
+            # lanes of a quarter: x, y, x, y and z, w, z, w
+            xy, zw = halved(x, y), halved(z, w)
+            lanes = [4 * q + lane for q in range(4) for lane in (0, 1, 16, 17)]
+            low = shuffle_lanes(builder, xy, zw, lanes)
+            high = shuffle_lanes(builder, xy, zw, [lane + 2 for lane in lanes])
+            result.append(builder.add(low, high))
+        return _tile(builder, result)
+
+    return a(a, a, a, a), lower
+
+
+def _four_by_quarter(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> ir.Value:
+    """Four values at address, each in all lanes of a quarter."""
+    four = load_from(builder, address, ir.VectorType(kind, 4))
+    return shuffle_lanes(builder, four, four, [lane // 4 for lane in range(16)])
+
+
+@intrinsic
+def add_by_quarter(typing: Any, sums: Any, rows: Any, offset: Any, factor: Any) -> Any:
+    """sums + factor times the tokens' four int32 there, one for each quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        factor = broadcast(builder, builder.trunc(args[3], I32), 16)
+        places = _places(builder, args[1], args[2])
+        result = []
+        for place, total in zip(places, _vectors(builder, args[0]), strict=True):
+            surplus = builder.mul(_four_by_quarter(builder, place, I32), factor)
+            result.append(builder.add(total, surplus))
+        return _tile(builder, result)
+
+    return sums(sums, _addresses(sums), types.int64, types.int64), lower
+
+
+@intrinsic
+def add_in_turn(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+    """As four `add_scaled` of f32x4, one for each quarter, with the token's floats from there."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(f32x16)
+        places = _places(builder, args[3], args[4])
+        values = zip(places, _vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
+        result = []
+        for place, total, integers in values:
+            scales = builder.fmul(args[2], _four_by_quarter(builder, place, F32))
+            numbers = builder.sitofp(integers, kind)
+            for quarter in range(0, 16, 4):
+                operands = [part(builder, numbers, quarter, 4), part(builder, scales, quarter, 4)]
+                total = call(builder, "llvm.fma.v4f32", total.type, [*operands, total])
+            result.append(total)
+        return _tile(builder, result)
+
+    return totals(totals, sums, f32x16, _addresses(sums), types.int64), lower
+
+
+@intrinsic
+def zero_fours(typing: Any, kind: Any) -> Any:
+    """zero_fours(tile4): float32 sums of 0, four a token."""
+    tile = Tile(f32x4, kind.instance_type.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None)
+
+    return tile(kind), lower
+
+
+@intrinsic
+def by_quarter(typing: Any, fours: Any) -> Any:
+    """A tile of f32x4 -> a tile of f32x16: lane i in all lanes of quarter i."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane // 4 for lane in range(16)]
+        vectors = _vectors(builder, args[0])
+        return _tile(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return Tile(f32x16, fours.count)(fours), lower
 
 
 @intrinsic

@@ -43,8 +43,11 @@ from ondevice.kernels.simd import (
     f32x16,
     half_in_each,
     half_words,
+    halves,
+    i16x32,
     load,
     load_quad,
+    pair_shuffle,
     store,
     u8x64,
     u32x16,
@@ -52,13 +55,20 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    BY_FOURS,
     IN_ONE,
     WOVEN,
+    add_by_quarter,
+    add_in_turn,
     add_multiple,
     add_scaled,
     begin_dots,
+    by_quarter,
+    codes_dot,
     end_dots,
+    fold_four,
     fold_quads,
+    halves_of_four_blocks,
     load_floats,
     quad_dot,
     quad_dot_bytes,
@@ -68,7 +78,9 @@ from ondevice.kernels.tiles import (
     wide_dot,
     wide_dot_bytes,
     wide_dots_32,
+    zero_dots,
     zero_floats,
+    zero_fours,
     zero_sums,
 )
 from quant.jit import inner
@@ -277,6 +289,68 @@ def full_quad(layout, tile, block, row_bytes, rows, at):
     return fold_quads(sums), d
 
 
+# of 32 words from the first of four blocks on, and of 32 from 4 words later on; a block has 9
+CODE_WORDS = [9 * block + word for block in range(4) for word in range(1, 9)]
+codes_of_four = pair_shuffle([word if word < 32 else word - 4 + 32 for word in CODE_WORDS])
+heads_of_two = pair_shuffle([9 * block + 32 * row for block in range(4) for row in range(2)])
+heads_of_four = pair_shuffle(
+    [2 * block + 8 * pair + row for block in range(4) for pair in range(2) for row in range(2)]
+)
+
+
+def values_of(layout, numbers):
+    """The codes of numbers 0 .. 15, as they are multiplied."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+values = ByLayout(values_of)
+
+
+@values.register(Q4_0)
+def values_of_q4_0(layout, numbers):
+    return numbers
+
+
+@values.register(IQ4_NL)
+def values_of_iq4_nl(layout, numbers):
+    return full_codes(numbers)
+
+
+@inner
+def row_of_four(layout, tile, words, block, low, high):
+    """Dots of a row's four blocks, the first words of which are given: a quarter is a block."""
+    numbers = bitcast(u8x64, codes_of_four(words, load(i16x32, block + 8)))
+    dots = codes_dot(zero_dots(tile), values_of(layout, low_four(numbers)), low)
+    return codes_dot(dots, values_of(layout, high_four(numbers)), high)
+
+
+@inner
+def fours_of_quads(layout, factor, tile, w, row_bytes, columns, rows):
+    """The blocks of 18 bytes of four rows that come in fours: f32x4, a lane being a row."""
+    totals = zero_fours(tile)
+    for four in range(columns // (4 * BLOCK)):
+        a, b = w + 72 * four, 4 * four
+        if four % 2 == 0:
+            ask_quad(a, row_bytes, 144)
+        low, high = halves_of_four_blocks(tile, rows, BLOCK * b)
+        words_a = load(i16x32, a)
+        dots_a = row_of_four(layout, tile, words_a, a, low, high)
+        a += row_bytes
+        words_b = load(i16x32, a)
+        dots_b = row_of_four(layout, tile, words_b, a, low, high)
+        a += row_bytes
+        words_c = load(i16x32, a)
+        dots_c = row_of_four(layout, tile, words_c, a, low, high)
+        a += row_bytes
+        words_d = load(i16x32, a)
+        dots_d = row_of_four(layout, tile, words_d, a, low, high)
+        d = halves(heads_of_four(heads_of_two(words_a, words_b), heads_of_two(words_c, words_d)))
+        sums = fold_four(dots_a, dots_b, dots_c, dots_d)
+        sums = add_by_quarter(sums, rows, sums_at(columns, b), factor)
+        totals = add_in_turn(totals, sums, d, rows, scale_at(columns, b))
+    return totals
+
+
 @inner
 def small_quads(layout, block_bytes, factor, tile, w, row_bytes, columns, rows):
     """Small codes with an offset: `factor` times what the records hold is added."""
@@ -395,6 +469,8 @@ def full_panel(tile, panel, rows, columns, start, size, totals):
 
 @quads.register(Q4_0)
 def q4_0_quads(layout, tile, w, row_bytes, columns, rows):
+    if BY_FOURS and columns % 128 == 0:
+        return by_quarter(fours_of_quads(Q4_0, 1, tile, w, row_bytes, columns, rows))
     return small_quads(Q4_0, 18, 1, tile, w, row_bytes, columns, rows)
 
 
@@ -495,6 +571,8 @@ def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, 
 
 @quads.register(IQ4_NL)
 def iq4_nl_quads(layout, tile, w, row_bytes, columns, rows):
+    if BY_FOURS and columns % 128 == 0:
+        return by_quarter(fours_of_quads(IQ4_NL, BIAS_FACTOR, tile, w, row_bytes, columns, rows))
     return full_quads(IQ4_NL, 18, tile, w, row_bytes, columns, rows)
 
 

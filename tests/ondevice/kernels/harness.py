@@ -314,7 +314,8 @@ def check_products(names: Sequence[str]) -> None:
     random = np.random.default_rng(5)
     for name in names:
         kind = READERS[name].activation
-        for rows, columns in ((1, FORMATS[name].length), (21, 3 * FORMATS[name].length)):
+        for rows, blocks in ((1, 1), (21, 3), (6, 4)):
+            columns = blocks * FORMATS[name].length
             for extreme in (False, True):
                 raw = before_a_fault(random_blocks(name, rows, columns, random, extreme))
                 records = random_records(kind, 15, columns, random, extreme)
