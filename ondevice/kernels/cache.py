@@ -22,7 +22,7 @@ Scores are kept in units of ln 2: shares are powers of two.
 import numpy as np
 
 from ondevice.kernels.activation import exponential_2
-from ondevice.kernels.dot.tile import ByLayout
+from ondevice.kernels.dot.tile import ByLayout, ask
 from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
 from ondevice.kernels.simd import (
     absolute,
@@ -249,6 +249,13 @@ def share_out(kind, rows, width, count, tile, scale):
 
 
 @inner
+def ask_piece(address, size):
+    """Ask memory for `size` bytes; the address of what follows."""
+    ask(address, size)
+    return address + size
+
+
+@inner
 def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, scale):
     """Go over one tile with the sets of `count` tokens, from position `first` on.
 
@@ -256,24 +263,31 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     """
     width = (size + 31) // 32 * 32
     item = bytes_of_set(width)
-    # several tokens find in the caches what the first one has read
+    # one token asks for what lies a tile further on, several for the next tile a piece at a time
     ahead = tile_bytes(kind, width) if count == 1 else 0
+    steps = per_token * count * (TILE // GROUP // 2 + 1 + width // 32)
+    piece = 0 if count == 1 else (tile_bytes(kind, width) // steps + 63) // 64 * 64
+    later = tile + tile_bytes(kind, width)
     for group in range(0, TILE // GROUP, 2):
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
             if left > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
+                    later = ask_piece(later, piece)
                     score(kind, rows, width, tile, group, left > GROUP, ahead)
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
         if positions > 0:
             for i in range(per_token):
-                share_out(kind, sets + (t * per_token + i) * item, width, positions, tile, scale)
+                rows = sets + (t * per_token + i) * item
+                later = ask_piece(later, piece)
+                share_out(kind, rows, width, positions, tile, scale)
     for c in range(0, width, 32):
         for t in range(count):
             positions = tile_positions(first + t, chunk, start)
             if positions > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
+                    later = ask_piece(later, piece)
                     add_values(kind, rows, width, c, positions, tile, ahead)
