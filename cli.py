@@ -255,7 +255,7 @@ def inspect(
     """Show what a model file holds, without loading it.
 
     With --memory also what that much would be used for, and how fast the model would write. If its
-    experts would come from disk and it never ran here, it writes some tokens for that.
+    experts would come from disk and it never ran here, it reads and writes some text for that.
     """
     from ondevice import demo, inspection
 

@@ -68,7 +68,9 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
     from ondevice.bench import Runner
     from ondevice.experts import READERS
 
-    with ondevice.load(path, memory=memory, mtp="off") as model:
+    with ondevice.load(path, memory=memory) as model:
+        if model.ahead is not None:
+            model.ahead.depth.fixed = 0  # a synthetic head cannot predict
         runner = Runner(model, PROMPT, GENERATE)
         warming = Runner(model, PROMPT, WARM)
         before = model.expert_counts

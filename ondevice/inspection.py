@@ -96,8 +96,8 @@ def predict(
     """Where the bytes of a budget go, and how fast this machine would write with it.
 
     Measures the bandwidths of memory and disk: takes 8 to 17 seconds. Where experts would come from
-    disk and no run has shown yet which ones, the model writes some tokens first; progress(done,
-    all) is told how many, and `compiling` how many kernels are compiled for that.
+    disk and no run has shown yet which ones, the model reads and writes some text first;
+    progress(done, all) is told how many tokens, and `compiling` how many kernels are compiled.
     """
     from ondevice import disk, trial
     from ondevice.budget import available

@@ -89,7 +89,10 @@ def planned(file: GGUFFile, options: Options) -> Planned:
     weights = Weights(file, config)
     weights.check()
     predicts = options.mtp != "off" and config.mtp_layers > 0
-    pool_config = replace(config, layers=config.layers + 1) if predicts else config
+    pool_config = config
+    if predicts:
+        layers, others = config.layers + 1, config.mtp_layers - 1
+        pool_config = replace(config, layers=layers, mtp_layers=others)
     pool = Pool(weights, pool_config)
     forward = Forward(config, weights, threads, options.kv, options.mtp, pool)
     dense = weights.dense_bytes + weights.likely_router_bytes
@@ -149,8 +152,8 @@ def _batch(budget: int | None, token_bytes: int, needs: Callable[[int], Needs]) 
 
 def earlier_use(file: GGUFFile, found: Planned) -> tuple[str, usage.Usage]:
     """What earlier runs noted of a model's experts, and the name it is kept by."""
-    name = usage.identity(file, found.pool_config)
-    return name, usage.load(name, found.pool_config)
+    name = usage.identity(file, found.config)
+    return name, usage.load(name, found.config)
 
 
 def default_threads() -> int:

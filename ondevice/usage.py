@@ -1,7 +1,7 @@
 """How a model's experts are used: what is warmed at the next start, and what a pool would hold.
 
-Four things are noted while tokens are decoded one by one: what computing took (model.py) and what
-the disk gave; how often each expert was used; and after how many tokens it was used again
+Four things are noted: while tokens are decoded one by one, what computing took (model.py) and what
+the disk gave; of every token, which experts it used, and after how many tokens each was used again
 (kernels/store.py), in buckets: BUCKETS counts of the intervals that ended in a use, and as many of
 those that had not ended before the first use was seen, of which only a lower bound is known.
 
@@ -31,7 +31,7 @@ from quant.folders import cache_root, private_folder
 from quant.format import Array
 
 BUCKETS = 64
-ENOUGH = 400
+ENOUGH = 2000
 """Uses in each layer from which on what was noted is better than what was published."""
 PUBLISHED = (
     (0.0, 0.0),
@@ -59,7 +59,7 @@ class Usage:
     """Counts of one model; all arrays are written to by the readers' store."""
 
     uses: Array
-    """(layers, experts) int64."""
+    """(layers, experts) int64; layers that guess ahead are the last ones, whether used or not."""
     ended: Array
     """(BUCKETS,) int64: intervals between two uses."""
     open: Array
@@ -72,7 +72,7 @@ class Usage:
     @classmethod
     def none(cls, config: Config) -> "Usage":
         """Nothing noted yet."""
-        shape = (config.layers, config.experts)
+        shape = (config.layers + config.mtp_layers, config.experts)
         return cls(*(np.zeros(size, np.int64) for size in (shape, BUCKETS, BUCKETS)))
 
     def by_use(self) -> list[tuple[int, int]]:

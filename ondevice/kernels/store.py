@@ -98,7 +98,7 @@ STORE_WORDS = BYTES_TO_READERS + LINE
 # a layer's experts
 SHELF, SLICES, SLABS_OF, USES, EXPERTS = range(5)
 GATE_SLICE, UP_SLICE, UP_OFFSET, DOWN_SLICE = range(5, 9)
-LAST_USED, NOW = 9, 10  # int32 array: by which decoded token, from 1 on; tokens decoded so far
+LAST_USED, NOW = 9, 10  # int32 array: by which token, from 1 on; tokens so far
 SLICE = 11  # first word of the first slice
 FILE, OFFSET, STRIDE, SIZE, AREA = range(5)
 SLICE_WORDS = 5
@@ -396,19 +396,22 @@ def bucket(interval):
 
 
 @inner
-def note_uses(store, layer, routing, tokens):
-    """Count decoded tokens' uses of experts, and how long ago each was last used."""
-    now = word(layer, NOW) + tokens
-    store_i64(layer + WORD * NOW, now)
-    numbers, last_used = word(routing, NUMBERS), word(layer, LAST_USED)
-    for i in range(word(routing, ALL)):
-        expert = load_i32(numbers + 4 * i)
-        uses = word(layer, USES) + WORD * expert
-        store_i64(uses, load_i64(uses) + slots_of(routing, i))
-        before = load_i32(last_used + 4 * expert)
-        counts = word(store, INTERVALS) if before > 0 else word(store, OPEN_INTERVALS)
-        count_up(counts, bucket(now - before), 1)
-        store_i32(last_used + 4 * expert, now)
+def note_uses(store, layer, chosen, k, tokens):
+    """Count the tokens' uses of experts, and how many tokens ago each was last used."""
+    before = word(layer, NOW)
+    store_i64(layer + WORD * NOW, before + tokens)
+    for t in range(tokens):
+        now = before + t + 1
+        for rank in range(k):
+            expert = load_i32(chosen + 4 * (k * t + rank))
+            uses = word(layer, USES) + WORD * expert
+            store_i64(uses, load_i64(uses) + 1)
+            last_used = word(layer, LAST_USED) + 4 * expert
+            last = load_i32(last_used)
+            counts = word(store, INTERVALS) if last > 0 else word(store, OPEN_INTERVALS)
+            at = counts + WORD * bucket(now - last)
+            store_i64(at, load_i64(at) + 1)
+            store_i32(last_used, now)
 
 
 @inner
@@ -508,17 +511,15 @@ def give_slabs(store, layer, index, routing, done, turn):
 def claim(op, step, task, scratch):
     """Begin a layer: order its touched experts and give them slabs.
 
-    (store, index of the layer, routing record)
+    (store, index of the layer, routing record, chosen int32 (tokens, k), k)
     """
     store, index, routing = argument(op, 0), argument(op, 1), argument(op, 2)
     layer = layer_at(store, index)
     turn = word(store, TURN) + 1
     store_i64(store + WORD * TURN, turn)
     choose_kept(word(layer, SHELF), routing, word(step, COUNT))
-    decoding = word(step, COUNT) <= BATCH
-    store_i64(store + WORD * DECODING, decoding)
-    if decoding:
-        note_uses(store, layer, routing, word(step, COUNT))
+    store_i64(store + WORD * DECODING, word(step, COUNT) <= BATCH)
+    note_uses(store, layer, argument(op, 3), argument(op, 4), word(step, COUNT))
     units = begin_layer(store, layer, index, routing, turn)
     units += give_slabs(store, layer, index, routing, 0, turn)
     wake_readers(store, units)

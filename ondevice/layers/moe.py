@@ -93,7 +93,7 @@ def moe(
         pool.connect(routing, layer, order, places)
         claim = (pool.address, layer, routing_address)
         program.add(kernels.group, *group, then=CHAIN)
-        program.add(store.claim, *claim, then=BESIDE)
+        program.add(store.claim, *claim, chosen, k, then=BESIDE)
         program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
         wave = program.length
         if guessing:

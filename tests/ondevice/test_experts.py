@@ -421,6 +421,22 @@ def test_the_next_start_is_warm(mapped: Model, monkeypatch: pytest.MonkeyPatch) 
         assert warm.bytes_read < 0.85 * model.expert_counts.bytes_read
 
 
+def test_a_prompt_notes_what_its_tokens_would_one_by_one(mapped: Model) -> None:
+    with cached(mapped, small(mapped)) as model:
+        assert model._pool is not None
+        usage = model._pool.usage
+        model.logits(TOKENS[:90])
+        uses, ended, unknown = usage.uses.copy(), usage.ended.copy(), usage.open.copy()
+        assert uses.sum() == ended.sum() + unknown.sum() == 90 * SHAPE.layers * SHAPE.experts_used
+    with cached(mapped, small(mapped)) as model:
+        assert model._pool is not None
+        usage = model._pool.usage
+        model.logits(TOKENS[:90], batch=1)
+        assert (usage.uses == uses).all()
+        assert (usage.ended == ended).all()
+        assert (usage.open == unknown).all()
+
+
 def test_decoding_notes_how_fast_the_disk_is(mapped: Model) -> None:
     with cached(mapped, small(mapped)) as model:
         pool = model._pool
@@ -511,7 +527,7 @@ def test_a_forecast_of_a_model_that_never_ran_tries_it_out(
     told: list[tuple[int, int]] = []
     predict = partial(inspection.predict, mapped.path, small(mapped), context=CONTEXT)
     found = predict(progress=lambda *numbers: told.append(numbers))
-    assert told[-1] == (80, 80) and told == sorted(told)
+    assert told[-1][0] == told[-1][1] >= 48 and told == sorted(told)
     assert found["hit_rate_from"] == "by this model's last runs"
     assert found["disk_bandwidth"] != 2e9  # also what the readers got
     told.clear()

@@ -151,7 +151,7 @@ def test_a_damaged_profile_is_none(config: Config) -> None:
         damaged[int(random.integers(len(whole)))] ^= 1 << int(random.integers(8))
         path.write_bytes(damaged if random.random() < 0.5 else whole[: random.integers(len(whole))])
         counts = usage.load("bad", config)
-        assert counts.uses.shape == (config.layers, config.experts)
+        assert counts.uses.shape == (config.layers + config.mtp_layers, config.experts)
         assert set(np.unique(counts.uses)) <= {0, 4}
     path.write_bytes(b"")
     assert not usage.load("bad", config).uses.any()

@@ -53,7 +53,8 @@ class Layer:
             self.starts.ctypes.data,
         )
         self.record[routing.ALL] = len(experts)
-        run(store.claim, self.pool.address, self.index, self.record, threads=1, count=count)
+        claim = (self.pool.address, self.index, self.record, 0, 0)  # uses are not noted
+        run(store.claim, *claim, threads=1, count=count)
 
     def wait(self) -> None:
         """Until all slices of the claimed experts are there."""
