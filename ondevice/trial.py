@@ -15,9 +15,10 @@ from quant.compiling import Report
 BEGINNING = """\
 The harbour town had one clock, and it was never right. Every morning the baker set out his \
 loaves, looked up at the tower, added twenty minutes and opened his door; every evening the \
-ferryman took away ten and rang his bell. Strangers missed the boat. "How do you live like this?" asked a \
-woman who had come to repair the organ of St. Mary's. The baker laughed. "We know how wrong it is," he \
-said. "That is worth more than a clock that is right and that nobody checks."
+ferryman took away ten and rang his bell. Strangers missed the boat. "How do you live like \
+this?" asked a woman who had come to repair the organ of St. Mary's. The baker laughed. "We know \
+how wrong it is," he said. "That is worth more than a clock that is right and that nobody \
+checks."
 
 Question: A tank holds 240 litres. One pipe fills it in 6 hours, another empties it in 10. Both \
 are open. After how many hours is it full?
