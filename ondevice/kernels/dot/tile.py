@@ -295,19 +295,39 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
 
 
 @inner
-def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, last, totals):
-    """A panel times the tile's tokens; a few more than there are are worth fewer loads."""
+def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, last, totals, more):
+    """A panel times the tile's tokens; a few more than there are are worth fewer loads.
+
+    Memory is asked for the next `more` bytes of their records.
+    """
     records = rows_at(tile, a, a_bytes, i, token, last)
+    for record in records:
+        ask(record + start + size, more)
     multiply_panel(layout, tile, panel, records, columns, start, size, totals)
 
 
 @inner
 def many(
-    layout, step_bytes, w, row_bytes, columns, a, a_bytes, i, out, o_bytes, o, first, last, s, fetch
+    layout,
+    step_bytes,
+    w,
+    row_bytes,
+    columns,
+    a,
+    a_bytes,
+    i,
+    out,
+    o_bytes,
+    o,
+    first,
+    last,
+    s,
+    fetch,
+    new,
 ):
     """Sixteen rows times the tokens first .. last, at most CHUNK of them.
 
-    With `fetch`, memory is asked for the next sixteen rows.
+    With `fetch`, memory is asked for the next sixteen rows; with `new`, for the tokens' records.
     """
     totals = s + PANEL
     for t in range(last - first + MOST_TOKENS - 1):
@@ -318,24 +338,25 @@ def many(
         unpack(layout, w + step * step_bytes, row_bytes, size, s)
         if fetch:
             ask(w + ROWS * (row_bytes + step * step_bytes), ROWS * step_bytes)
+        more = min(STEP, columns - start - size) if new else 0
         t = first
         if EIGHT:
             while t + 5 < last:
                 to = totals + 64 * (t - first)
-                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, last, to)
+                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, last, to, more)
                 t += 8
         if FOUR:
             while t + 2 < last:
                 to = totals + 64 * (t - first)
-                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, last, to)
+                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, last, to, more)
                 t += 4
         while t + 2 <= last:
             to = totals + 64 * (t - first)
-            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, last, to)
+            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, last, to, more)
             t += 2
         if t < last:
             to = totals + 64 * (t - first)
-            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, last, to)
+            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, last, to, more)
     for t in range(last - first):
         store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
 
@@ -355,7 +376,7 @@ def multiply(
             row, to = w + ROWS * r * row_bytes, out + 4 * ROWS * r
             many(
                 layout, step_bytes, row, row_bytes, columns, a, a_bytes, i,
-                to, o_bytes, o, first, last, s, first == 0,
+                to, o_bytes, o, first, last, s, first == 0, r == 0,
             )  # fmt: skip
     done = ROWS * panels
     rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
