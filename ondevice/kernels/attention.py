@@ -197,11 +197,14 @@ def attend_block(kind, op, step, task, scratch):
     partials = argument(op, 8)
     layer, width = argument(op, 7), (size + 31) // 32 * 32
     scale = np.float32(1 / (math.log(2) * math.sqrt(size)))
-    ratio, own, index = heads // kv_heads, task % kv_heads, task // kv_heads
+    ratio, parts = heads // kv_heads, attend_parts(step)
     per_token = (ratio + ROWS - 1) // ROWS
     item = bytes_of_set(width)
     sets = scratch
     few = word(step, COUNT) <= BLOCK
+    # threads that take neighbouring blocks of a KV head read the same tiles at about the same time
+    own = task % kv_heads if few else task // parts
+    index = task // kv_heads if few else task % parts
     block = 0 if few else index * BLOCK
     count = min(BLOCK, word(step, COUNT) - block)
     first = word(step, POSITION) + block
