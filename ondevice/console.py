@@ -91,7 +91,7 @@ def compiling(done: int, needed: int) -> None:
 
 def trying(done: int, total: int) -> None:
     """The line that explains why a forecast takes its time, gone at the end."""
-    line = f"writing some tokens to see what the disk is asked for: {done} of {total}"
+    line = f"reading and writing a text to see what is read from disk: {done} of {total} tokens"
     rewrite(line if done < total else "")
 
 

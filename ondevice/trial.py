@@ -74,6 +74,8 @@ def write_some(
         tokens = min(TOKENS, model.context - len(prompt))
         completion = model.complete(prompt, dataclasses.replace(model.sampling, seed=0), tokens)
         started = time.perf_counter()
+        if progress is not None:
+            progress(0, ENOUGH_TOKENS)
         for _ in completion:
             done = len(completion.tokens)
             seconds = time.perf_counter() - started

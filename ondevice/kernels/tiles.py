@@ -135,37 +135,29 @@ def _sixteen_of_all_rows(builder: ir.IRBuilder, address: Any) -> ir.Value:
 # ---- making and keeping ----
 
 
-@intrinsic
-def zero_sums(typing: Any, kind: Any) -> Any:
-    """zero_sums(tile4): int32 sums of 0."""
-    tile = kind.instance_type
+def _zeros(kind_of: Any) -> Any:
+    """An intrinsic: a tile of the kind that `kind_of` makes of the given one, all zero."""
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return constant(context.get_value_type(tile), None)
+    @intrinsic
+    def zeros(typing: Any, kind: Any) -> Any:
+        tile = kind_of(kind.instance_type)
 
-    return tile(kind), lower
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return constant(context.get_value_type(tile), None)
 
+        return tile(kind), lower
 
-@intrinsic
-def zero_dots(typing: Any, kind: Any) -> Any:
-    """zero_dots(tile4): dots of 0, see the module's text."""
-    tile = Tile(DOTS, kind.instance_type.count)
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return constant(context.get_value_type(tile), None)
-
-    return tile(kind), lower
+    return zeros
 
 
-@intrinsic
-def zero_floats(typing: Any, kind: Any) -> Any:
-    """zero_floats(tile4): float32 sums of 0."""
-    tile = _floats(kind.instance_type)
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return constant(context.get_value_type(tile), None)
-
-    return tile(kind), lower
+zero_sums = _zeros(lambda tile: tile)
+"""zero_sums(tile4): int32 sums of 0."""
+zero_dots = _zeros(lambda tile: Tile(DOTS, tile.count))
+"""zero_dots(tile4): dots of 0, see the module's text."""
+zero_floats = _zeros(_floats)
+"""zero_floats(tile4): float32 sums of 0."""
+zero_fours = _zeros(lambda tile: Tile(f32x4, tile.count))
+"""zero_fours(tile4): float32 sums of 0, four a token."""
 
 
 @intrinsic
@@ -708,17 +700,6 @@ def add_in_turn(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, off
         return _tile(builder, result)
 
     return totals(totals, sums, f32x16, _addresses(sums), types.int64), lower
-
-
-@intrinsic
-def zero_fours(typing: Any, kind: Any) -> Any:
-    """zero_fours(tile4): float32 sums of 0, four a token."""
-    tile = Tile(f32x4, kind.instance_type.count)
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return constant(context.get_value_type(tile), None)
-
-    return tile(kind), lower
 
 
 @intrinsic
