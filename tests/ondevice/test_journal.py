@@ -342,6 +342,7 @@ import numpy as np
 import ondevice
 from ondevice import generate, journal
 from ondevice.kernels import layout
+from ondevice.session import _messages
 from pathlib import Path
 
 folder, path, number, record = sys.argv[1:]
@@ -374,12 +375,19 @@ while True:
         kind = "trim"
     elif not session.turns or (kind == "trim" and session.turns < 2):
         kind = "send"
+    session._settle()
+    if kind == "send" and session.turns:
+        asked = [*_messages(session._turns), {"role": "user", "content": text}]
+        rendered = model.template.encode([*session._system_message(), *asked])
+        if session._after_last_answer(session._turns, rendered) is None:
+            kind = "rendered anew"  # an answer whose text has other tokens, such as control tokens
     print(kind, flush=True)
     step[layout.HISTORY_LENGTH] = 0
     if kind in ("trim", "undo"):
         getattr(session, kind)()
         continue
     answer = session.regenerate() if kind == "regenerate" else session.send(text)
+    print(*session._tokens, flush=True)
     for number, token in zip(range(chance.choice([40, 400])), answer.ids()):
         if number % 16 == 0:
             shown = session._tokens[: answer.prompt_tokens] + answer.tokens[: number + 1]
@@ -451,7 +459,8 @@ def kill_and_open(model: Model, folder: Path, moments: int) -> tuple[int, int, i
             assert lost[-1] <= 1
             assert_answer_right(session)
         before = next((n for n in reversed(range(len(lines))) if lines[n][0].isdigit()), None)
-        if before is not None and not {"undo", "trim", "regenerate"} & {*lines[before + 1 :]}:
+        changes = {"undo", "trim", "regenerate", "rendered anew"}
+        if before is not None and not changes & {*lines[before + 1 :]}:
             shown = [int(token) for token in lines[before].split()]
             assert session._tokens[: len(shown)] == shown
         assert_fresh(session)
