@@ -211,14 +211,14 @@ class Pool:
         following = np.roll(ring, -1).astype(np.int32)
         before = np.roll(ring, 1).astype(np.int32)
         holders = np.full(count, store.NOBODY, np.int64)
-        words, turns = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        shelf.arrays = [following, before, holders, words, turns]
+        words, claims = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        shelf.arrays = [following, before, holders, words, claims]
         shelf.record[store.SLABS] = count
         shelf.record[store.SLAB_BYTES] = shelf.slab_bytes
         shelf.record[store.MEMORY] = np.frombuffer(shelf.memory, np.uint8).ctypes.data
         shelf.record[store.QUOTA] = _quota(count, shelf.layers, self._config.experts)
         for word, array in zip(
-            (store.NEXT, store.PREVIOUS, store.HOLDERS, store.WORDS, store.TURNS),
+            (store.NEXT, store.PREVIOUS, store.HOLDERS, store.WORDS, store.CLAIMS),
             shelf.arrays,
             strict=True,
         ):
@@ -381,6 +381,10 @@ class Pool:
     def address(self) -> int:
         """Of the store record."""
         return int(self._store.ctypes.data)
+
+    def guessing(self, distance: int) -> int:
+        """Of the word that says whether experts are guessed, so many layers after the next one."""
+        return self.address + WORD * (store.GUESSING, store.GUESSING_FAR)[distance]
 
     def masks(self, layer: int) -> tuple[int, int]:
         """Which slices of an expert gate and up need, and which down, a bit for each."""

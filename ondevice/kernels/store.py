@@ -7,19 +7,24 @@ Slabs of one size make a *shelf*, a list from the least to the most recently use
 
 Each slab has a *word*: bits 0-7 say which slices are there, bits 8-15 which a reader has taken, the
 rest counts the experts that the slab was given to. A wanted slice is a *unit* in one of two rings,
-demand and guesses; a reader waits for a byte in a pipe, takes a unit, demand first, and marks it as
-taken in the slab's word, unless the slab is another expert's by now or another reader was first.
+demand and guesses; a reader waits for a byte in a pipe, takes units, demand first, until there are
+no more, and marks each as taken in the slab's word, unless the slab is another expert's by now or
+another reader was first. Where few experts are missing no more than GUESS_READERS of the readers
+are at guesses, so that what is demanded does not wait behind them.
 
 `claim` runs between the router and the experts' products. It orders the touched experts: those that
 are there, those on their way, those to be read, and gives the last of them slabs. Where not all of
 them fit they go in waves: while half of those that have a slab are worked on the other half is
 read, and `claim_more` frees the first half for others. Products wait for their slices
-(`await_slices`), `down` for the last one of them, which is read last. The slabs of the running
-layer bear its *turn*, and are not taken away.
+(`await_slices`), `down` for the last one of them, which is read last.
 
-`guess` asks for the next layer's experts before its router has spoken, as its own router judges the
-stream that enters this layer's experts. What was guessed bears the next turn, and is the first to
-go if it was not wanted then. Without misses for a while nothing is guessed.
+`guess` asks for the experts of the next layer, and of the one after it, before their routers have
+spoken, as those judge the stream that enters this layer's experts. What was guessed is the first to
+go if it was not wanted then. Without misses for a while nothing is guessed, and only one layer
+ahead where the disk is busy anyway.
+
+A slab's *claim* says who wants it: 2 turn for an expert that a layer's *turn* is expected to want,
+2 turn + 1 for one that it does want, which is not taken away while it runs.
 
 A prompt's batch touches most experts once. Of those, each layer keeps its QUOTA most used ones; the
 others pass through slabs that all layers share, so that a batch does not push out what the layers
@@ -88,12 +93,15 @@ STOPPING = 4
 DEMAND, GUESSES, LAYERS, TURN = range(5, 9)
 PIPE_INPUT, PIPE_OUTPUT, READ, WRITE, NAP, CLOCK, READ_AT = range(9, 16)
 HITS, LATE, MISSES, WAITED, BYTES, READING, GUESSED = (LINE * n for n in range(1, 8))  # counters
+SPACES = 8 * LINE  # a line for each reader
 GUESSING, QUIET, HIT_SHARE, FEW_GUESSES, MANY_GUESSES = range(16 * LINE, 16 * LINE + 5)
 INTERVALS, OPEN_INTERVALS, DISK = range(16 * LINE + 5, 16 * LINE + 8)  # counts, ondevice/usage.py
 DECODING = 16 * LINE + 8  # whether the last batch was not a prompt's
-SPACES = 8 * LINE  # a line for each reader
+AT_LEISURE = 16 * LINE + 9  # whether it was not, and few of its experts were missing
+GUESSING_FAR = 16 * LINE + 10  # whether the experts of the layer after the next one are guessed
 BYTES_TO_READERS = 17 * LINE
-STORE_WORDS = BYTES_TO_READERS + LINE
+GUESS_READS = 18 * LINE  # readers that are at guesses
+STORE_WORDS = GUESS_READS + LINE
 
 # a layer's experts
 SHELF, SLICES, SLABS_OF, USES, EXPERTS = range(5)
@@ -105,7 +113,7 @@ SLICE_WORDS = 5
 LAYER_WORDS = SLICE + SLICE_WORDS * MOST_SLICES
 
 # a shelf
-SLABS, SLAB_BYTES, MEMORY, NEXT, PREVIOUS, HOLDERS, WORDS, TURNS, QUOTA = range(9)
+SLABS, SLAB_BYTES, MEMORY, NEXT, PREVIOUS, HOLDERS, WORDS, CLAIMS, QUOTA = range(9)
 SHELF_WORDS = 9
 NOBODY = -1
 
@@ -119,6 +127,8 @@ CALM = 200
 """Layers without a miss after which there is nothing to guess."""
 DISK_BOUND = int(0.75 * (1 << 16))
 """Share of hits (in 1/65536) up to which the disk has no time for wrong guesses."""
+GUESS_READERS = 2
+"""They get what the disk gives, or nearly: docs/log.md."""
 
 call_pipe = function_call(3, types.int32)
 call_read_at = function_call(4, types.int64)
@@ -165,16 +175,18 @@ def layer_at(store, index):
 
 
 @inner
-def free_slab(store, shelf, turn):
-    """The least recently used slab that no reader is at, of no turn from this one on; or -1.
+def free_slab(store, shelf, turn, expected):
+    """The least recently used slab that no reader is at and nobody wants, from this turn on; or -1.
 
-    Whoever had it has none any more.
+    With `expected`, also those that are only expected to be wanted. Whoever had it has none any
+    more.
     """
     following, words = word(shelf, NEXT), word(shelf, WORDS)
     sentinel = word(shelf, SLABS)
     slab = load_i32(following + 4 * sentinel)
     while slab != sentinel:
-        if load_i64(word(shelf, TURNS) + WORD * slab) < turn:
+        claim = load_i64(word(shelf, CLAIMS) + WORD * slab)
+        if claim < 2 * turn or (expected and claim != 2 * turn + 1):
             state = atomic_load(words + WORD * slab)
             if state >> 8 & 255 == state & 255 and atomic_exchange(
                 words + WORD * slab, state, ((state >> 16) + 1) << 16
@@ -229,12 +241,12 @@ def ask(store, ring, layer, index, expert, slab, first, last):
 
 
 @inner
-def give_slab(layer, index, expert, slab, turn, recent):
+def give_slab(layer, index, expert, slab, claim, recent):
     """Make a free slab an expert's."""
     shelf = word(layer, SHELF)
     unlink(shelf, slab)
     link(shelf, slab, recent)
-    store_i64(word(shelf, TURNS) + WORD * slab, turn)
+    store_i64(word(shelf, CLAIMS) + WORD * slab, claim)
     store_i64(word(shelf, HOLDERS) + WORD * slab, index << 32 | expert)
     store_i32(word(layer, SLABS_OF) + 4 * expert, slab)
 
@@ -288,43 +300,70 @@ def read_slice(store, piece, expert, area):
     return total
 
 
+@inner
+def next_unit(store, unit):
+    """Take what is wanted most: 1 for a demanded unit, 2 for a guess, 0 if there is nothing."""
+    ring, reading = word(store, GUESSES), store + WORD * GUESS_READS
+    while not take(word(store, DEMAND), unit):
+        if atomic_load(ring + WORD * TAKEN) >= atomic_load(ring + WORD * PUSHED):
+            return 0
+        # those who are at guesses come back for more
+        if word(store, AT_LEISURE) != 0 and atomic_load(reading) >= GUESS_READERS:
+            return 0
+        atomic_add(reading, 1)
+        if take(ring, unit):
+            return 2
+        atomic_add(reading, -1)
+    return 1
+
+
+@inner
+def read_unit(store, unit, space):
+    """Read a slice into its slab, if that is still wanted."""
+    index, expert = word(unit, 0), word(unit, 1)
+    number, slab = word(unit, 2) & 255, word(unit, 2) >> 8
+    layer = layer_at(store, index)
+    shelf = word(layer, SHELF)
+    state_at = word(shelf, WORDS) + WORD * slab
+    if not mark_taken(state_at, word(unit, 3), number):
+        return
+    piece = layer + WORD * (SLICE + SLICE_WORDS * number)
+    area = word(shelf, MEMORY) + slab * word(shelf, SLAB_BYTES) + word(piece, AREA)
+    begun = nanoseconds(store, space)
+    total = read_slice(store, piece, expert, area)
+    if total < 0:
+        atomic_add(state_at, -(256 << number))
+        if atomic_exchange(store + WORD * FAILED, 0, 1):
+            for i in range(3):
+                value = index if i == 0 else expert if i == 1 else number
+                store_i64(store + WORD * (FAULT + i), value)
+        return
+    taken = nanoseconds(store, space) - begun
+    count_up(store, READING, taken)
+    count_up(store, BYTES, total)
+    if word(store, DECODING) != 0:
+        count_up(word(store, DISK), 0, total)
+        count_up(word(store, DISK), 1, taken)
+    atomic_add(state_at, 1 << number)
+
+
 @reader_life
 def read(store, reader):
-    """A reader's life: wait for a byte, take a unit, read it."""
+    """A reader's life: wait for a byte, read what is wanted until there is nothing more."""
     space = store + WORD * (SPACES + LINE * reader)
     unit = space + 4 * WORD
     while True:
         while call_pipe(word(store, READ), (word(store, PIPE_OUTPUT), space, 1)) <= 0:
             pass  # interrupted by a signal
-        if word(store, STOPPING) != 0:
-            return
-        if not take(word(store, DEMAND), unit) and not take(word(store, GUESSES), unit):
-            continue
-        index, expert = word(unit, 0), word(unit, 1)
-        number, slab = word(unit, 2) & 255, word(unit, 2) >> 8
-        layer = layer_at(store, index)
-        shelf = word(layer, SHELF)
-        state_at = word(shelf, WORDS) + WORD * slab
-        if not mark_taken(state_at, word(unit, 3), number):
-            continue
-        piece = layer + WORD * (SLICE + SLICE_WORDS * number)
-        area = word(shelf, MEMORY) + slab * word(shelf, SLAB_BYTES) + word(piece, AREA)
-        begun = nanoseconds(store, space)
-        total = read_slice(store, piece, expert, area)
-        if total < 0:
-            atomic_add(state_at, -(256 << number))
-            if atomic_exchange(store + WORD * FAILED, 0, 1):
-                for i in range(3):
-                    value = index if i == 0 else expert if i == 1 else number
-                    store_i64(store + WORD * (FAULT + i), value)
-            continue
-        taken = nanoseconds(store, space) - begun
-        count_up(store, READING, taken)
-        count_up(store, BYTES, total)
-        if word(store, DECODING) != 0:
-            count_up(word(store, DISK), 0, total)
-            count_up(word(store, DISK), 1, taken)
-        atomic_add(state_at, 1 << number)
+        kind = 1
+        while kind != 0:
+            if word(store, STOPPING) != 0:
+                return
+            kind = next_unit(store, unit)
+            if kind != 0:
+                read_unit(store, unit, space)
+            if kind == 2:
+                atomic_add(store + WORD * GUESS_READS, -1)
 
 
 # ---- what the program calls ----
@@ -415,7 +454,7 @@ def note_uses(store, layer, chosen, k, tokens):
 
 
 @inner
-def begin_layer(store, layer, index, routing, turn):
+def begin_layer(store, layer, index, routing, turn, tokens):
     """Order the touched experts; returns the number of units asked for."""
     shelf, total = word(layer, SHELF), word(routing, ALL)
     numbers, order = word(routing, NUMBERS), word(routing, ORDER)
@@ -429,7 +468,7 @@ def begin_layer(store, layer, index, routing, turn):
         if slab != NOBODY:
             unlink(shelf, slab)
             link(shelf, slab, is_kept(routing, i))
-            store_i64(word(shelf, TURNS) + WORD * slab, turn)
+            store_i64(word(shelf, CLAIMS) + WORD * slab, 2 * turn + 1)
             state = atomic_load(word(shelf, WORDS) + WORD * slab)
             rank = 0 if state & 255 == whole else 1
             hits += rank == 0
@@ -451,10 +490,15 @@ def begin_layer(store, layer, index, routing, turn):
     for i in range(total):
         store_i32(order + 4 * i, load_i32(order + 4 * i) >> 2)
     share = word(store, HIT_SHARE)
-    store_i64(store + WORD * HIT_SHARE, share + ((hits << 16) // total - share) // 16)
+    share += ((hits << 16) // total - share) // 16
+    store_i64(store + WORD * HIT_SHARE, share)
+    store_i64(store + WORD * DECODING, tokens <= BATCH)
+    leisure = tokens <= BATCH and share > DISK_BOUND
+    store_i64(store + WORD * AT_LEISURE, leisure)
     quiet = 0 if hits < total else word(store, QUIET) + 1
     store_i64(store + WORD * QUIET, quiet)
     store_i64(store + WORD * GUESSING, quiet < CALM)
+    store_i64(store + WORD * GUESSING_FAR, quiet < CALM and leisure)
     count_up(store, HITS, hits)
     count_up(store, LATE, late)
     count_up(store, MISSES, total - hits - late)
@@ -475,7 +519,9 @@ def give_slabs(store, layer, index, routing, done, turn):
     assigned, slices, demand = begin, word(layer, SLICES), word(store, DEMAND)
     while assigned < total:
         i = load_i32(order + 4 * assigned)
-        slab = free_slab(store, shelf, turn)
+        slab = free_slab(store, shelf, turn, False)
+        if slab == NOBODY and assigned == done:
+            slab = free_slab(store, shelf, turn, True)
         if slab == NOBODY:
             if assigned > done:
                 break
@@ -489,7 +535,7 @@ def give_slabs(store, layer, index, routing, done, turn):
             pause()
             continue
         expert = load_i32(numbers + 4 * i)
-        give_slab(layer, index, expert, slab, turn, is_kept(routing, i))
+        give_slab(layer, index, expert, slab, 2 * turn + 1, is_kept(routing, i))
         units += ask(store, demand, layer, index, expert, slab, 0, slices - 1)
         note_place(layer, places, i, expert, slab)
         assigned += 1
@@ -518,9 +564,8 @@ def claim(op, step, task, scratch):
     turn = word(store, TURN) + 1
     store_i64(store + WORD * TURN, turn)
     choose_kept(word(layer, SHELF), routing, word(step, COUNT))
-    store_i64(store + WORD * DECODING, word(step, COUNT) <= BATCH)
     note_uses(store, layer, argument(op, 3), argument(op, 4), word(step, COUNT))
-    units = begin_layer(store, layer, index, routing, turn)
+    units = begin_layer(store, layer, index, routing, turn, word(step, COUNT))
     units += give_slabs(store, layer, index, routing, 0, turn)
     wake_readers(store, units)
 
@@ -542,28 +587,21 @@ def claim_more(op, step, task, scratch):
     for i in range(first, done):
         expert = load_i32(numbers + 4 * load_i32(order + 4 * i))
         slab = load_i32(word(layer, SLABS_OF) + 4 * expert)
-        store_i64(word(word(layer, SHELF), TURNS) + WORD * slab, 0)
+        store_i64(word(word(layer, SHELF), CLAIMS) + WORD * slab, 0)
     wake_readers(store, give_slabs(store, layer, index, routing, done, word(store, TURN)))
 
 
-@operation
-def guess(op, step, task, scratch):
-    """Ask for the experts that the next layer is likely to want.
+@inner
+def guess_layer(store, index, ahead, chosen, k, tokens, seen):
+    """Ask for the experts that a layer, so many ahead, is likely to want; units asked for.
 
-    (store, index of the next layer, chosen int32 (tokens, k), k, space for int32 (2, experts),
-    routing record of this layer)
+    `chosen` is int32 (tokens, k), `seen` space for int32 (2, experts).
     """
-    store, index = argument(op, 0), argument(op, 1)
-    chosen, k, seen = argument(op, 2), argument(op, 3), argument(op, 4)
-    routing, ring = argument(op, 5), word(store, GUESSES)
-    layer, tokens = layer_at(store, index), word(step, COUNT)
-    shelf, turn, units = word(layer, SHELF), word(store, TURN), 0
-    if word(routing, ASSIGNED) < word(routing, ALL):
-        return  # this layer has not enough slabs itself
-    wanted = k
+    layer, ring, turn, units = layer_at(store, index), word(store, GUESSES), word(store, TURN), 0
+    shelf, wanted = word(layer, SHELF), k
     if tokens <= BATCH:
-        bound = word(store, HIT_SHARE) <= DISK_BOUND
-        wanted = word(store, FEW_GUESSES) if bound else word(store, MANY_GUESSES)
+        many = ahead == 1 and word(store, AT_LEISURE) != 0
+        wanted = word(store, MANY_GUESSES) if many else word(store, FEW_GUESSES)
     experts, absent = word(layer, EXPERTS), 0
     wishes = seen + 4 * experts
     for expert in range(experts):
@@ -577,20 +615,37 @@ def guess(op, step, task, scratch):
             store_i32(seen + 4 * expert, 1)
             slab = load_i32(word(layer, SLABS_OF) + 4 * expert)
             if slab != NOBODY:  # not to be taken for another one
-                store_i64(word(shelf, TURNS) + WORD * slab, turn + 1)
+                store_i64(word(shelf, CLAIMS) + WORD * slab, 2 * (turn + ahead))
             else:
                 store_i32(wishes + 4 * absent, expert)
                 absent += 1
     if tokens > BATCH:
         absent = min(absent, experts // AHEAD)
     for i in range(absent):
-        slab = free_slab(store, shelf, turn)
+        slab = free_slab(store, shelf, turn, False)
         if slab == NOBODY:
             break
         expert = load_i32(wishes + 4 * i)
-        give_slab(layer, index, expert, slab, turn + 1, False)
+        give_slab(layer, index, expert, slab, 2 * (turn + ahead), False)
         units += ask(store, ring, layer, index, expert, slab, 0, word(layer, SLICES))
         count_up(store, GUESSED, 1)
+    return units
+
+
+@operation
+def guess(op, step, task, scratch):
+    """Ask for the experts that the layers to come are likely to want.
+
+    (store, index of the layer, routing record, k, space for int32 (2, experts), chosen int32
+    (tokens, k) for the next layer, for the one after it or 0)
+    """
+    store, index, routing, k = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
+    if word(routing, ASSIGNED) < word(routing, ALL):
+        return  # this layer has not enough slabs itself
+    tokens, seen = word(step, COUNT), argument(op, 4)
+    units = guess_layer(store, index + 1, 1, argument(op, 5), k, tokens, seen)
+    if argument(op, 6) != 0 and word(store, GUESSING_FAR) != 0:
+        units += guess_layer(store, index + 2, 2, argument(op, 6), k, tokens, seen)
     wake_readers(store, units)
 
 

@@ -19,6 +19,9 @@ from ondevice.program import Buffer, Program
 from ondevice.weights import Weights
 from quant.format import Array
 
+GUESSED_LAYERS = 2
+"""Layers after this one whose experts are asked for before their routers have spoken."""
+
 
 def moe(
     program: Program,
@@ -34,6 +37,8 @@ def moe(
     Experts are in the mapping, or come from `pool`.
     """
     last = layer + 1 >= config.layers  # or the block behind them
+    # the layers whose experts are guessed
+    later = [] if pool is None else list(range(layer + 1, config.layers))[:GUESSED_LAYERS]
     block = f"blk.{layer}"
     hidden, width, shared = config.hidden, config.expert_width, config.shared_width
     count, k = config.experts, config.experts_used
@@ -47,27 +52,26 @@ def moe(
     readers = (router, openness, gate, up, shared_gate, shared_up)
 
     ffn_norm = weights.vector(f"{block}.post_attention_norm.weight", hidden)
-    guessing = pool is not None and not last
     h = program.norm(
         x, ffn_norm, config.norm_epsilon, "experts input", readers, mixed,
-        then=CHAIN if guessing else BARRIER,
+        then=CHAIN if later else BARRIER,
     )  # fmt: skip
-    if pool is not None and guessing:
-        guess = _next_logits(program, config, weights, layer + 1, x, pool)
+    guesses = [] if pool is None else _guesses(program, config, weights, later, x, pool)
     logits = program.linear(router, h, "router logits", then=BESIDE)
     opening = program.linear(openness, h, "shared opening")
 
     chosen, shares = program.numbers("chosen", k), program.numbers("shares", k)
     routing = _routing_record(program, count, k)
     routing_address = program.keep(routing)
-    if pool is not None and guessing:
-        likely = program.numbers("likely", k)
+    likely = [0] * GUESSED_LAYERS
+    for i, guess in enumerate(guesses):
+        likely[i] = program.numbers(f"likely {i}", k)
         program.add(
             kernels.route,
-            *(guess.address, guess.row_bytes, count, k, likely),
-            program.numbers("shares of the likely", k),
+            *(guess.address, guess.row_bytes, count, k, likely[i]),
+            program.numbers(f"shares of the likely {i}", k),
             per_token=True,
-            times=pool.address + WORD * store.GUESSING,
+            times=pool.guessing(i) if pool else 0,
             then=BESIDE,
             label="guess route",
         )
@@ -96,12 +100,12 @@ def moe(
         program.add(store.claim, *claim, chosen, k, then=BESIDE)
         program.gate_up(shared_gate, shared_up, h, shared_inner, "shared")
         wave = program.length
-        if guessing:
+        if later:
+            seen = program.keep(np.zeros(2 * count, np.int32))
             program.add(
                 store.guess,
-                *(pool.address, layer + 1, likely, k, program.keep(np.zeros(2 * count, np.int32))),
-                routing_address,
-                times=pool.address + WORD * store.GUESSING,
+                *(*claim, k, seen, *likely),
+                times=pool.guessing(0),
                 then=BESIDE,
             )
         program.gate_up(gate, up, h, inner, "expert", routing_address, k)
@@ -120,15 +124,23 @@ def moe(
     )
 
 
-def _next_logits(
-    program: Program, config: Config, weights: Weights, layer: int, x: Buffer, pool: Pool
-) -> Buffer:
-    """What the next layer's router makes of the stream that enters this layer's experts."""
-    norm = weights.vector(f"blk.{layer}.post_attention_norm.weight", config.hidden)
-    router = weights.likely_router(layer)
-    h = program.norm(x, norm, config.norm_epsilon, "guess input", (router,))
-    times = pool.address + WORD * store.GUESSING
-    return program.linear(router, h, "guess", then=BESIDE, times=times)
+def _guesses(
+    program: Program, config: Config, weights: Weights, layers: list[int], x: Buffer, pool: Pool
+) -> list[Buffer]:
+    """What the routers of layers to come make of the stream that enters this layer's experts."""
+    inputs = []
+    for i, layer in enumerate(layers):
+        norm = weights.vector(f"blk.{layer}.post_attention_norm.weight", config.hidden)
+        router = weights.likely_router(layer)
+        h = program.norm(
+            x, norm, config.norm_epsilon, f"guess input {i}", (router,),
+            then=CHAIN if layer != layers[-1] else BARRIER,
+        )  # fmt: skip
+        inputs.append((router, h))
+    return [
+        program.linear(router, h, f"guess {i}", then=BESIDE, times=pool.guessing(i))
+        for i, (router, h) in enumerate(inputs)
+    ]
 
 
 def _routing_record(program: Program, experts: int, k: int) -> Array:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_a_guess_is_read_and_then_a_hit(model: Model) -> None:
         chosen = np.array([5, 9, 11], np.int32)
         space = np.zeros(48, np.int32)
         run(
-            *(store.guess, pool.address, 1, chosen, 3, space, here.record),
+            *(store.guess, pool.address, 0, here.record, 3, space, chosen, 0),
             threads=1,
             count=1,
         )
@@ -167,3 +168,44 @@ def test_a_guess_is_read_and_then_a_hit(model: Model) -> None:
         counts = pool.counts
         assert counts.hits + counts.late == 1
         assert counts.misses == 5
+
+
+def test_the_layer_after_the_next_is_guessed_at_leisure(model: Model) -> None:
+    with model:
+        pool = model._pool
+        assert pool is not None
+        here, far = Layer(model, 0), Layer(model, 2)
+        near, later = np.array([5, 9, 11], np.int32), np.array([2, 3, 4], np.int32)
+        space = np.zeros(48, np.int32)
+        words = (store.guess, pool.address, 0, here.record, 3, space, near, later)
+        here.claim([1, 2, 3])  # all of them missing: the disk is busy
+        run(*words, threads=1, count=1)
+        assert pool.counts.guessed == round(0.6 * 3)
+        here.wait()
+        pool._store[store.HIT_SHARE] = 1 << 16
+        here.claim([1, 2, 3])
+        run(*words, threads=1, count=1)
+        assert pool.counts.guessed == 3 + round(0.6 * 3)
+        until = time.monotonic() + 10
+        while pool.counts.bytes_read < 8 * pool.expert_bytes and time.monotonic() < until:
+            os.sched_yield()
+        before = pool.counts
+        far.claim([2, 3, 4])
+        assert (pool.counts - before).hits == 2
+        far.wait()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_slabs_that_wrong_guesses_hold_are_given_all_the_same(model: Model, ahead: int) -> None:
+    with model:
+        pool = model._pool
+        assert pool is not None
+        here, there = Layer(model, 0), Layer(model, 1)
+        here.claim([1, 2, 3])
+        here.wait()
+        for shelf in pool._shelves.values():
+            claims = shelf.arrays[4]
+            claims[:] = 2 * (pool._store[store.TURN] + 1 + ahead)
+        there.claim([5, 6, 7])
+        there.wait()
+        assert there.record[routing.ASSIGNED] >= 1
