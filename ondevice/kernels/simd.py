@@ -62,7 +62,7 @@ i8x16, i8x32, i8x64 = (Vec(types.int8, n) for n in (16, 32, 64))
 i16x8, i16x16, i16x32 = (Vec(types.int16, n) for n in (8, 16, 32))
 u16x16 = Vec(types.uint16, 16)
 u32x4, u32x16 = Vec(types.uint32, 4), Vec(types.uint32, 16)
-i32x8, i32x16 = Vec(types.int32, 8), Vec(types.int32, 16)
+i32x4, i32x8, i32x16 = (Vec(types.int32, n) for n in (4, 8, 16))
 f32x4, f32x8, f32x16 = (Vec(types.float32, n) for n in (4, 8, 16))
 
 
@@ -543,6 +543,23 @@ def word_fields(shifts: Sequence[int], masks: Sequence[int]) -> Any:
     return fields
 
 
+def quarters_lowered(shifts: Sequence[int]) -> Any:
+    """An intrinsic on u8x64: the 16-bit words of quarter i >> shifts[i]."""
+    assert len(shifts) == 4
+
+    @intrinsic
+    def moved(typing: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = llvm_type(i16x32)
+            amounts = constant(kind, [constant(I16, shift) for shift in shifts for _ in range(8)])
+            words = builder.lshr(builder.bitcast(args[0], kind), amounts)
+            return builder.bitcast(words, llvm_type(u8x64))
+
+        return u8x64(u8x64), lower
+
+    return moved
+
+
 def byte_table(values: Sequence[int]) -> Any:
     """An intrinsic: each byte (0 .. 15) of a u8x64 -> the int8 value of that number."""
     assert len(values) == 16
@@ -620,6 +637,28 @@ def half_in_each(place: int) -> Any:
 
 
 @intrinsic
+def load_signed(typing: Any, address: Any) -> Any:
+    """The 16 int8 at address, as i16x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        codes = load_from(builder, args[0], ir.VectorType(I8, 16))
+        return builder.sext(codes, llvm_type(i16x16))
+
+    return i16x16(types.intp), lower
+
+
+@intrinsic
+def load_twice(typing: Any, address: Any) -> Any:
+    """The 32 bytes at address, twice, as a u8x64."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        codes = load_from(builder, args[0], ir.VectorType(I8, 32))
+        return join(builder, [codes, codes])
+
+    return u8x64(types.intp), lower
+
+
+@intrinsic
 def load_quad(typing: Any, address: Any, stride: Any) -> Any:
     """16 bytes at each of address, address + stride, ... as a u8x64 of four quarters."""
 
@@ -635,12 +674,12 @@ def load_quad(typing: Any, address: Any, stride: Any) -> Any:
 
 @intrinsic
 def halves(typing: Any, words: Any) -> Any:
-    """The halves whose bits are given as an i16x16, as f32x16."""
+    """The halves whose bits are given as int16, as float32."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return half_to_float(builder, args[0])
 
-    return f32x16(i16x16), lower
+    return Vec(types.float32, words.lanes)(words), lower
 
 
 @intrinsic

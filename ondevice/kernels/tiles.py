@@ -42,6 +42,7 @@ from ondevice.kernels.simd import (
     fold,
     i16x16,
     i16x32,
+    i32x4,
     i32x8,
     i32x16,
     join,
@@ -376,6 +377,31 @@ def halves_of_four_blocks(typing: Any, kind: Any, rows: Any, offset: Any) -> Any
     return types.UniTuple(codes, 2)(kind, _addresses(kind.instance_type), types.int64), lower
 
 
+def _codes_from(starts: tuple[int, ...]) -> Any:
+    @intrinsic
+    def codes(typing: Any, kind: Any, rows: Any, offset: Any) -> Any:
+        tile = Tile(u8x64, kind.instance_type.count)
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            piece = ir.VectorType(I8, 64 // len(starts))
+            result = []
+            for at in _places(builder, args[1], args[2]):
+                places = [builder.add(at, constant(I64, start)) for start in starts]
+                pieces = [load_from(builder, place, piece) for place in places]
+                result.append(join(builder, pieces))
+            return _tile(builder, result)
+
+        return tile(kind, _addresses(kind.instance_type), types.int64), lower
+
+    return codes
+
+
+codes_at = _codes_from((0,))
+"""(tile, rows, offset) -> a tile of bytes: the tokens' 64 codes there."""
+codes_apart = _codes_from((0, 64))
+"""The same of 32 codes there and 32 from 64 on."""
+
+
 @intrinsic
 def codes_dot(typing: Any, dots: Any, w: Any, codes: Any) -> Any:
     """dots + w * codes, the latter a tile of bytes."""
@@ -493,6 +519,27 @@ wide_dot_words = _word_product(_fours_of_all_rows)
 """sums + the two products, per lane, of w (i16x32) and the token's two int16 there."""
 quad_dot_words = _word_product(_sixteen_of_all_rows)
 """sums + the products, per quarter, of w (i16x32) and the token's eight int16 there."""
+
+
+@intrinsic
+def half_dot_words(typing: Any, sums: Any, w: Any, rows: Any, offset: Any) -> Any:
+    """sums + the products, in two quarters, of w (i16x16) and the token's 16 int16 there."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nothing = constant(args[1].type, None)
+        weights, result = join(builder, [args[1], nothing]), []
+        places = _places(builder, args[2], args[3])
+        for at, total in zip(places, _vectors(builder, args[0]), strict=True):
+            words = join(builder, [load_from(builder, at, args[1].type), nothing])
+            if _HAS_VNNI_512:
+                operands = [total, weights, words]
+                name = "llvm.x86.avx512.vpdpwssd.512"
+                result.append(call(builder, name, total.type, operands))
+            else:
+                result.append(builder.add(total, _dot_pairs(builder, weights, words)))
+        return _tile(builder, result)
+
+    return sums(sums, i16x16, _addresses(sums), types.int64), lower
 
 
 # ---- scaling and folding ----
@@ -659,6 +706,32 @@ def fold_four(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return a(a, a, a, a), lower
 
 
+@intrinsic
+def turn_quads(typing: Any, sums: Any) -> Any:
+    """Lane i of quarter j becomes lane j of quarter i."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane % 4 * 4 + lane // 4 for lane in range(16)]
+        vectors = _vectors(builder, args[0])
+        return _tile(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return sums(sums), lower
+
+
+@intrinsic
+def add_quarters(typing: Any, sums: Any) -> Any:
+    """The sum of the four quarters: a tile of i32x4."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for x in _vectors(builder, args[0]):
+            eight = builder.add(part(builder, x, 0, 8), part(builder, x, 8, 8))
+            result.append(builder.add(part(builder, eight, 0, 4), part(builder, eight, 4, 4)))
+        return _tile(builder, result)
+
+    return Tile(i32x4, sums.count)(sums), lower
+
+
 def _four_by_quarter(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> ir.Value:
     """Four values at address, each in all lanes of a quarter."""
     four = load_from(builder, address, ir.VectorType(kind, 4))
@@ -719,17 +792,18 @@ def add_scaled(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offs
     """totals + float(sums) * (factor * the token's float at its address + offset), by one fma."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = llvm_type(f32x16)
+        kind = llvm_type(factor)
         result = []
         places = _places(builder, args[3], args[4])
         values = zip(places, _vectors(builder, args[0]), _vectors(builder, args[1]), strict=True)
         for place, total, integers in values:
-            scale = broadcast(builder, load_from(builder, place, F32), 16)
+            scale = broadcast(builder, load_from(builder, place, F32), factor.lanes)
             operands = [builder.sitofp(integers, kind), builder.fmul(args[2], scale), total]
-            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
+            name = f"llvm.fma.v{factor.lanes}f32"
+            result.append(call(builder, name, kind, operands))
         return _tile(builder, result)
 
-    return totals(totals, sums, f32x16, _addresses(sums), types.int64), lower
+    return totals(totals, sums, factor, _addresses(sums), types.int64), lower
 
 
 @intrinsic
@@ -758,7 +832,7 @@ elif _HAS_VNNI_256:
 elif _HAS_AVX2:
     PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x32, i16x16, 32
 else:
-    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x16, Vec(types.int32, 4), 32 if _HAS_SMMLA else 16
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x16, i32x4, 32 if _HAS_SMMLA else 16
 
 
 @intrinsic

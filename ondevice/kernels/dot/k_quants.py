@@ -37,14 +37,20 @@ from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
     bitcast,
     byte_shuffle,
+    f32x4,
     f32x16,
     half_in_each,
     half_words,
+    halves,
     i16x32,
     i32x16,
     lane_shuffle,
     load,
     load_quad,
+    load_signed,
+    load_twice,
+    pair_shuffle,
+    quarters_lowered,
     store,
     u8x64,
     u32x16,
@@ -53,13 +59,21 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    BY_FOURS,
     IN_ONE,
     add_dots,
     add_multiple,
+    add_quarters,
     add_scaled,
     add_two_dots,
+    by_quarter,
+    codes_apart,
+    codes_at,
+    codes_dot,
     dots_scale,
+    fold_four,
     fold_quads,
+    half_dot_words,
     load_floats,
     quad_dot,
     quad_dot_bytes,
@@ -67,6 +81,7 @@ from ondevice.kernels.tiles import (
     spread_words,
     steps,
     store_floats,
+    turn_quads,
     wide_dot,
     wide_dot_bytes,
     wide_dot_words,
@@ -74,6 +89,7 @@ from ondevice.kernels.tiles import (
     wide_dots_32,
     zero_dots,
     zero_floats,
+    zero_fours,
     zero_sums,
 )
 from quant.jit import inner
@@ -155,8 +171,75 @@ def add_quads(totals, empty_sums, sums, header, fields, rows, columns, b):
     return add_scaled(totals, fold_quads(below), minus_dmin, rows, y_at)
 
 
+def _scales_of_row(row: int) -> Any:
+    """For each half of a row's superblock an intrinsic: 6-bit fields of four rows, zeros -> words.
+
+    A quarter gets the scale of the low nibbles' block four times, then that of the high nibbles'.
+    """
+    shuffles = []
+    for half in range(2):
+        blocks = [4 * half + quarter // 2 * 2 + i // 4 for quarter in range(4) for i in range(8)]
+        shuffles.append(pair_shuffle([place for b in blocks for place in (16 * row + b, 64)]))
+    return shuffles
+
+
+row_0_first, row_0_last = _scales_of_row(0)
+row_1_first, row_1_last = _scales_of_row(1)
+row_2_first, row_2_last = _scales_of_row(2)
+row_3_first, row_3_last = _scales_of_row(3)
+d_and_dmin = lane_shuffle([8 * row + word for word in range(2) for row in range(4)])
+four_first, four_last = lane_shuffle(range(4)), lane_shuffle(range(4, 8))
+
+
+@inner
+def row_of_q4_k(tile, codes, first_scales, last_scales, a, b, c, d):
+    """Scaled dots of a row's superblock, its codes being there, all lanes to be added."""
+    x, y = load(u8x64, codes), load(u8x64, codes + 64)
+    even = codes_dot(zero_dots(tile), low_four(x), a)
+    odd = codes_dot(zero_dots(tile), high_four(x), b)
+    sums = add_two_dots(zero_sums(tile), even, odd, words(first_scales))
+    even = codes_dot(zero_dots(tile), low_four(y), c)
+    odd = codes_dot(zero_dots(tile), high_four(y), d)
+    return add_two_dots(sums, even, odd, words(last_scales))
+
+
+@inner
+def rows_q4_k(tile, w, row_bytes, columns, rows):
+    """Four rows, one after the other in each superblock: f32x4, a lane being a row."""
+    totals = zero_fours(tile)
+    for i in range(columns // SUPERBLOCK):
+        block, at = w + 144 * i, SUPERBLOCK * i
+        ask_quad(block, row_bytes, 144)
+        header = load_quad(block, row_bytes)
+        fields, none = six_bit_fields(header), zero(u8x64)
+        a, b = codes_apart(tile, rows, at), codes_apart(tile, rows, at + 32)
+        c, d = codes_apart(tile, rows, at + 128), codes_apart(tile, rows, at + 160)
+        codes = block + 16
+        first, last = row_0_first(fields, none), row_0_last(fields, none)
+        sums_0 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
+        codes += row_bytes
+        first, last = row_1_first(fields, none), row_1_last(fields, none)
+        sums_1 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
+        codes += row_bytes
+        first, last = row_2_first(fields, none), row_2_last(fields, none)
+        sums_2 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
+        codes += row_bytes
+        first, last = row_3_first(fields, none), row_3_last(fields, none)
+        sums_3 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
+        mins = words(mins_as_words(fields))
+        below = quad_dot_words(zero_sums(tile), mins, rows, sums_of_32_at(columns) + 16 * i)
+        factors, y_at = halves(d_and_dmin(words(header))), scales_at(columns) + 4 * i
+        sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
+        totals = add_scaled(totals, sums, four_first(factors), rows, y_at)
+        minus_dmin = zero(f32x4) - four_last(factors)
+        totals = add_scaled(totals, add_quarters(turn_quads(below)), minus_dmin, rows, y_at)
+    return totals
+
+
 @quads.register(Q4_K)
 def quad_q4_k(layout, tile, w, row_bytes, columns, rows):
+    if BY_FOURS:
+        return by_quarter(rows_q4_k(tile, w, row_bytes, columns, rows))
     totals = zero_floats(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 144 * b
@@ -207,8 +290,60 @@ def quad_q5_k(layout, tile, w, row_bytes, columns, rows):
     return totals
 
 
+# of 16 scales, in each half of a superblock: those of the low and of the high nibbles by quarter
+scales_of_first_half = lane_shuffle([q + i // 4 * 4 for q in range(4) for i in range(8)])
+scales_of_last_half = lane_shuffle([8 + q + i // 4 * 4 for q in range(4) for i in range(8)])
+last_bits_two_on = quarters_lowered((0, 0, 2, 2))
+d_of_four = lane_shuffle([8 * row + 7 for row in range(4)])
+
+
+@inner
+def half_of_row(tile, sums, low, high, scales, a, b):
+    """sums + a half of a superblock of Q6_K, its lower four and its upper two bits being there."""
+    upper = np.uint8(0x30)
+    x, bits = load(u8x64, low), last_bits_two_on(load_twice(high))
+    first = codes_dot(zero_dots(tile), low_four(x) | (raised(bits, 4) & upper), a)
+    second = codes_dot(zero_dots(tile), high_four(x) | (bits & upper), b)
+    return add_two_dots(sums, first, second, scales)
+
+
+@inner
+def row_of_q6_k(tile, block, rows, sums_at, a, b, c, d):
+    """Scaled dots of a row's superblock, all lanes to be added."""
+    scales = load_signed(block + 192)
+    sums = half_dot_words(zero_sums(tile), scales * np.int16(-32), rows, sums_at)
+    sums = half_of_row(tile, sums, block, block + 128, scales_of_first_half(scales), a, b)
+    return half_of_row(tile, sums, block + 64, block + 160, scales_of_last_half(scales), c, d)
+
+
+@inner
+def rows_q6_k(tile, w, row_bytes, columns, rows):
+    """Four rows, one after the other in each superblock: f32x4, a lane being a row."""
+    totals = zero_fours(tile)
+    for i in range(columns // SUPERBLOCK):
+        block, at = w + 210 * i, SUPERBLOCK * i
+        ask_quad(block, row_bytes, 210)
+        last = load_quad(block + 194, row_bytes)
+        a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
+        c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
+        sums_at = sums_of_16_at(columns) + 32 * i
+        sums_0 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        block += row_bytes
+        sums_1 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        block += row_bytes
+        sums_2 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        block += row_bytes
+        sums_3 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
+        factors = halves(d_of_four(words(last)))
+        totals = add_scaled(totals, sums, factors, rows, scales_at(columns) + 4 * i)
+    return totals
+
+
 @quads.register(Q6_K)
 def quad_q6_k(layout, tile, w, row_bytes, columns, rows):
+    if BY_FOURS:
+        return by_quarter(rows_q6_k(tile, w, row_bytes, columns, rows))
     totals, upper = zero_floats(tile), np.uint8(0x30)
     for b in range(columns // SUPERBLOCK):
         block = w + 210 * b
