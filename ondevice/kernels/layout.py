@@ -25,7 +25,8 @@ BACK = 31  # which begins so many operations before the next, or after it where 
 
 BARRIER = 0  # THEN: the next operation begins when all tasks of this one are done
 BESIDE = 1  # the next operation's tasks may run at the same time
-CHAIN = 2  # the next operation has as many tasks; each follows the same task of this one
+# the next operation has as many tasks, each to follow the same one of this; none where TIMES says 0
+CHAIN = 2
 
 # step record
 STEP_WORDS = 32

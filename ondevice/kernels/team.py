@@ -173,7 +173,9 @@ def perform(control, task, scratch):
     first = index
     while True:
         operation = operation_at(control, index)
-        call_kernel(word(operation, KERNEL), (operation, step, task, scratch))
+        times = word(operation, TIMES)
+        if times == 0 or load_i64(times) != 0:
+            call_kernel(word(operation, KERNEL), (operation, step, task, scratch))
         if word(operation, THEN) != CHAIN:
             return first
         index += 1

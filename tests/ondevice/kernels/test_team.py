@@ -166,6 +166,21 @@ def test_a_chain_follows_its_own_task(team: Team) -> None:
     assert errors[0] == 0
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_chain_leaves_out_what_is_not_wanted(team: Team, wanted: int) -> None:
+    number = np.array([wanted], np.int64)
+    first, middle, last = (np.zeros(40, np.int64) for _ in range(3))
+    operations = program(
+        record(take, first, tasks=40, then=CHAIN),
+        record(take, middle, tasks=40, times=number, then=CHAIN),
+        record(take, last, tasks=40),
+    )
+    team.run(operations, step_record())
+    assert (first == 1).all()
+    assert (middle == wanted).all()
+    assert (last == 1).all()
+
+
 @operation
 def follow_own(op: int, step: int, task: int, scratch: int) -> None:
     """(a word per task, errors): the same task of the operation before is done."""
