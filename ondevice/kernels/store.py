@@ -97,8 +97,7 @@ SPACES = 8 * LINE  # a line for each reader
 GUESSING, QUIET, HIT_SHARE, FEW_GUESSES, MANY_GUESSES = range(16 * LINE, 16 * LINE + 5)
 INTERVALS, OPEN_INTERVALS, DISK = range(16 * LINE + 5, 16 * LINE + 8)  # counts, ondevice/usage.py
 DECODING = 16 * LINE + 8  # whether the last batch was not a prompt's
-AT_LEISURE = 16 * LINE + 9  # whether it was not, and few of its experts were missing
-GUESSING_FAR = 16 * LINE + 10  # whether the experts of the layer after the next one are guessed
+GUESSING_FAR = 16 * LINE + 9  # whether the experts of the layer after the next one are guessed
 BYTES_TO_READERS = 17 * LINE
 GUESS_READS = 18 * LINE  # readers that are at guesses
 STORE_WORDS = GUESS_READS + LINE
@@ -201,6 +200,12 @@ def free_slab(store, shelf, turn, expected):
 
 
 # ---- asking and reading ----
+
+
+@inner
+def at_leisure(store):
+    """Whether the disk has time: the batch is not a prompt's, and few experts are missing."""
+    return word(store, DECODING) != 0 and word(store, HIT_SHARE) > DISK_BOUND
 
 
 @inner
@@ -308,7 +313,7 @@ def next_unit(store, unit):
         if atomic_load(ring + WORD * TAKEN) >= atomic_load(ring + WORD * PUSHED):
             return 0
         # those who are at guesses come back for more
-        if word(store, AT_LEISURE) != 0 and atomic_load(reading) >= GUESS_READERS:
+        if at_leisure(store) and atomic_load(reading) >= GUESS_READERS:
             return 0
         atomic_add(reading, 1)
         if take(ring, unit):
@@ -454,7 +459,7 @@ def note_uses(store, layer, chosen, k, tokens):
 
 
 @inner
-def begin_layer(store, layer, index, routing, turn, tokens):
+def begin_layer(store, layer, index, routing, turn):
     """Order the touched experts; returns the number of units asked for."""
     shelf, total = word(layer, SHELF), word(routing, ALL)
     numbers, order = word(routing, NUMBERS), word(routing, ORDER)
@@ -492,13 +497,10 @@ def begin_layer(store, layer, index, routing, turn, tokens):
     share = word(store, HIT_SHARE)
     share += ((hits << 16) // total - share) // 16
     store_i64(store + WORD * HIT_SHARE, share)
-    store_i64(store + WORD * DECODING, tokens <= BATCH)
-    leisure = tokens <= BATCH and share > DISK_BOUND
-    store_i64(store + WORD * AT_LEISURE, leisure)
     quiet = 0 if hits < total else word(store, QUIET) + 1
     store_i64(store + WORD * QUIET, quiet)
     store_i64(store + WORD * GUESSING, quiet < CALM)
-    store_i64(store + WORD * GUESSING_FAR, quiet < CALM and leisure)
+    store_i64(store + WORD * GUESSING_FAR, quiet < CALM and at_leisure(store))
     count_up(store, HITS, hits)
     count_up(store, LATE, late)
     count_up(store, MISSES, total - hits - late)
@@ -564,8 +566,9 @@ def claim(op, step, task, scratch):
     turn = word(store, TURN) + 1
     store_i64(store + WORD * TURN, turn)
     choose_kept(word(layer, SHELF), routing, word(step, COUNT))
+    store_i64(store + WORD * DECODING, word(step, COUNT) <= BATCH)
     note_uses(store, layer, argument(op, 3), argument(op, 4), word(step, COUNT))
-    units = begin_layer(store, layer, index, routing, turn, word(step, COUNT))
+    units = begin_layer(store, layer, index, routing, turn)
     units += give_slabs(store, layer, index, routing, 0, turn)
     wake_readers(store, units)
 
@@ -600,7 +603,7 @@ def guess_layer(store, index, ahead, chosen, k, tokens, seen):
     layer, ring, turn, units = layer_at(store, index), word(store, GUESSES), word(store, TURN), 0
     shelf, wanted = word(layer, SHELF), k
     if tokens <= BATCH:
-        many = ahead == 1 and word(store, AT_LEISURE) != 0
+        many = ahead == 1 and at_leisure(store)
         wanted = word(store, MANY_GUESSES) if many else word(store, FEW_GUESSES)
     experts, absent = word(layer, EXPERTS), 0
     wishes = seen + 4 * experts

@@ -64,14 +64,14 @@ def moe(
     routing = _routing_record(program, count, k)
     routing_address = program.keep(routing)
     likely = [0] * GUESSED_LAYERS
-    for i, guess in enumerate(guesses):
+    for i, (guess, times) in enumerate(guesses):
         likely[i] = program.numbers(f"likely {i}", k)
         program.add(
             kernels.route,
             *(guess.address, guess.row_bytes, count, k, likely[i]),
             program.numbers(f"shares of the likely {i}", k),
             per_token=True,
-            times=pool.guessing(i) if pool else 0,
+            times=times,
             then=BESIDE,
             label="guess route",
         )
@@ -105,7 +105,7 @@ def moe(
             program.add(
                 store.guess,
                 *(*claim, k, seen, *likely),
-                times=pool.guessing(0),
+                times=guesses[0][1],
                 then=BESIDE,
             )
         program.gate_up(gate, up, h, inner, "expert", routing_address, k)
@@ -126,20 +126,21 @@ def moe(
 
 def _guesses(
     program: Program, config: Config, weights: Weights, layers: list[int], x: Buffer, pool: Pool
-) -> list[Buffer]:
-    """What the routers of layers to come make of the stream that enters this layer's experts."""
+) -> list[tuple[Buffer, int]]:
+    """What the routers of layers to come make of the stream that enters this layer's experts,
+    each with the address of the word that says whether it is wanted."""
     inputs = []
     for i, layer in enumerate(layers):
         norm = weights.vector(f"blk.{layer}.post_attention_norm.weight", config.hidden)
         router = weights.likely_router(layer)
         h = program.norm(
             x, norm, config.norm_epsilon, f"guess input {i}", (router,),
-            then=CHAIN if layer != layers[-1] else BARRIER,
+            then=CHAIN if layer != layers[-1] else BARRIER, times=pool.guessing(i),
         )  # fmt: skip
-        inputs.append((router, h))
+        inputs.append((router, h, pool.guessing(i)))
     return [
-        program.linear(router, h, f"guess {i}", then=BESIDE, times=pool.guessing(i))
-        for i, (router, h) in enumerate(inputs)
+        (program.linear(router, h, f"guess {i}", then=BESIDE, times=times), times)
+        for i, (router, h, times) in enumerate(inputs)
     ]
 
 

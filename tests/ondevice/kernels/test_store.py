@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ondevice
+from ondevice.experts import Pool
 from ondevice.kernels import routing, store
 from ondevice.model import Model
 from quant.format import Array
@@ -145,20 +146,21 @@ def test_a_prompt_leaves_each_layer_its_most_used(model: Model) -> None:
         assert layer.places[routing.PLACE_KEEP :: routing.PLACE_WORDS][:4].all()
 
 
+def guess(pool: Pool, layer: Layer, near: list[int], far: list[int]) -> None:
+    """Guess the experts of the two layers after the first one."""
+    chosen = [np.array(experts, np.int32) for experts in (near, far)]
+    space = np.zeros(48, np.int32)
+    run(*(store.guess, pool.address, 0, layer.record, 3, space, *chosen), threads=1, count=1)
+
+
 def test_a_guess_is_read_and_then_a_hit(model: Model) -> None:
     with model:
         pool = model._pool
         assert pool is not None
         here, there = Layer(model, 0), Layer(model, 1)
-        here.claim([1, 2, 3])
+        here.claim([1, 2, 3])  # all of them missing: the disk is busy
         here.wait()
-        chosen = np.array([5, 9, 11], np.int32)
-        space = np.zeros(48, np.int32)
-        run(
-            *(store.guess, pool.address, 0, here.record, 3, space, chosen, 0),
-            threads=1,
-            count=1,
-        )
+        guess(pool, here, [5, 9, 11], [2, 3, 4])
         guessed = pool.counts.guessed
         assert guessed == round(0.6 * 3)
         while pool.counts.bytes_read == 0:
@@ -175,16 +177,11 @@ def test_the_layer_after_the_next_is_guessed_at_leisure(model: Model) -> None:
         pool = model._pool
         assert pool is not None
         here, far = Layer(model, 0), Layer(model, 2)
-        near, later = np.array([5, 9, 11], np.int32), np.array([2, 3, 4], np.int32)
-        space = np.zeros(48, np.int32)
-        words = (store.guess, pool.address, 0, here.record, 3, space, near, later)
-        here.claim([1, 2, 3])  # all of them missing: the disk is busy
-        run(*words, threads=1, count=1)
-        assert pool.counts.guessed == round(0.6 * 3)
+        here.claim([1, 2, 3])
         here.wait()
         pool._store[store.HIT_SHARE] = 1 << 16
         here.claim([1, 2, 3])
-        run(*words, threads=1, count=1)
+        guess(pool, here, [5, 9, 11], [2, 3, 4])
         assert pool.counts.guessed == 3 + round(0.6 * 3)
         until = time.monotonic() + 10
         while pool.counts.bytes_read < 8 * pool.expert_bytes and time.monotonic() < until:
