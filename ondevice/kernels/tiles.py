@@ -493,6 +493,13 @@ def _dot_pairs(builder: ir.IRBuilder, a: Any, b: Any) -> ir.Value:
     return _split(builder, emit, a, b)
 
 
+def _add_word_products(builder: ir.IRBuilder, total: Any, w: Any, words: Any) -> ir.Value:
+    """total + w * words, i16x32 both, two products a lane."""
+    if _HAS_VNNI_512:
+        return call(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, [total, w, words])
+    return builder.add(total, _dot_pairs(builder, w, words))
+
+
 def _word_product(words_at: Any) -> Any:
     @intrinsic
     def product(typing: Any, sums: Any, w: Any, rows: Any, offset: Any) -> Any:
@@ -502,12 +509,7 @@ def _word_product(words_at: Any) -> Any:
             result = []
             for at, total in vectors:
                 words = builder.bitcast(words_at(builder, at), ir.VectorType(I16, 32))
-                if _HAS_VNNI_512:
-                    operands = [total, args[1], words]
-                    name = "llvm.x86.avx512.vpdpwssd.512"
-                    result.append(call(builder, name, total.type, operands))
-                else:
-                    result.append(builder.add(total, _dot_pairs(builder, args[1], words)))
+                result.append(_add_word_products(builder, total, args[1], words))
             return _tile(builder, result)
 
         return sums(sums, i16x32, _addresses(sums), types.int64), lower
@@ -531,12 +533,7 @@ def half_dot_words(typing: Any, sums: Any, w: Any, rows: Any, offset: Any) -> An
         places = _places(builder, args[2], args[3])
         for at, total in zip(places, _vectors(builder, args[0]), strict=True):
             words = join(builder, [load_from(builder, at, args[1].type), nothing])
-            if _HAS_VNNI_512:
-                operands = [total, weights, words]
-                name = "llvm.x86.avx512.vpdpwssd.512"
-                result.append(call(builder, name, total.type, operands))
-            else:
-                result.append(builder.add(total, _dot_pairs(builder, weights, words)))
+            result.append(_add_word_products(builder, total, weights, words))
         return _tile(builder, result)
 
     return sums(sums, i16x16, _addresses(sums), types.int64), lower
