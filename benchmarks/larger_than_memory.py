@@ -104,6 +104,7 @@ def ours(path: Path, memory: int) -> dict[str, Any]:
         "prefill_seconds": first,
         "prefill_computing": thinking,
         "prefill_disk_busy": busy,
+        "prefill_of_longer": first / max(thinking, busy),
         "prefill_reads": prompt.bytes_read / plan.needs.expert,
         "prefill_touched": prompt.hits + prompt.late + prompt.misses,
     }
@@ -210,7 +211,7 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
             f"- {memory / (1 << 30):.3g}G: a prompt of {PROMPT} tokens from an empty pool in "
             f"{found['prefill_seconds']:.1f} s: threads computed {found['prefill_computing']:.1f}, "
             f"the disk was busy {found['prefill_disk_busy']:.1f}; "
-            f"{found['prefill_seconds'] / max(_prefill_parts(found)):.2f} of the longer one; "
+            f"{found['prefill_of_longer']:.2f} of the longer one; "
             f"{found['prefill_reads']:.0f} experts read, {found['prefill_touched']} touched."
         )
         print(rows[-1], prompts[-1], sep="\n", file=sys.stderr)
@@ -235,10 +236,6 @@ def section(path: Path, budgets: list[int], peer: bool) -> str:
             "",
         ]
     )
-
-
-def _prefill_parts(found: dict[str, Any]) -> tuple[float, float]:
-    return found["prefill_computing"], found["prefill_disk_busy"]
 
 
 def _compared(expected: float, found: dict[str, Any]) -> str:
