@@ -18,6 +18,7 @@ from ondevice.kernels.operation import CompiledFunction
 from ondevice.layers.attention import attention, positions
 from ondevice.layers.deltanet import deltanet
 from ondevice.layers.moe import moe
+from ondevice.layers.output import logits
 from ondevice.program import Buffer, Operations, Program
 from ondevice.speculate import Ahead, remember
 from ondevice.weights import Weights
@@ -70,17 +71,17 @@ class Forward:
         h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,), then=then)
         if predicts:
             remember(head, record, h.floats, config.hidden)
-        self.logits: Buffer = head.linear(output, h, "logits")
+        self._logits = logits(head, output, h, "logits")
         self.head: Operations = head.take()
         self._programs: tuple[Program, ...] = (trunk, head)
         self.ahead: Ahead | None = None
         """Guesses tokens ahead, unless `mtp` is off."""
         if mtp != "off":
-            self.ahead = Ahead(config, record, self.prefill, self.head, self.logits, threads, mtp)
+            self.ahead = Ahead(config, record, self.prefill, self.head, self._logits, threads, mtp)
             if predicts:
                 self.ahead.add_head(trunk, weights, x, output_norm, kv, pool)
             self._programs += self.ahead.programs
-        head.add(sample.sample)
+        head.add(sample.sample, self._logits.peaks.address, self._logits.piece)
         self.decode: Operations = self.prefill + self.head + head.take()
         most = max(program.scratch_bytes for program in self._programs)
         self.scratch_bytes = -(-most // 64) * 64
@@ -88,6 +89,11 @@ class Forward:
         self.stage_bytes = trunk.stage_bytes
         self.threads = threads
         self.batch = batch
+
+    @property
+    def logits(self) -> Buffer:
+        """What `head` writes."""
+        return self._logits.rows
 
     @property
     def kernels(self) -> list[CompiledFunction]:

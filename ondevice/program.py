@@ -44,6 +44,10 @@ FEWEST_PANELS, MOST_PANELS = 3, 15
 """Panels of weight rows in a task: long enough streams of memory, and small enough for caches."""
 TASKS_PER_THREAD = 24
 """Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
+SHARES_PER_THREAD = 8
+"""As many where all work together is short, and tasks of a thread would hardly begin to stream."""
+SHORT_STREAM = 64 << 10
+"""Bytes below which a task is too short for the processor to fetch memory ahead of it."""
 
 
 def zeros(nbytes: int) -> Array:
@@ -331,7 +335,7 @@ class Program:
         """The matrix times every token."""
         out = self.buffer(name, 4 * matrix.rows)
         source = x.as_read_by(matrix)
-        chunk = self.rows_per_task(matrix.rows, 1)
+        chunk = self.rows_per_task(matrix, 1)
         self.add(
             linear.linear,
             self.keep_matrix(matrix),
@@ -365,7 +369,7 @@ class Program:
         """hidden := silu(gate x) * (up x), for every token or for every slot of a routing."""
         other = self.buffer(f"{name} up", 4 * up.rows, hidden.rows_per_token)
         gate_source, up_source = x.as_read_by(gate), x.as_read_by(up)
-        chunk = self.rows_per_task(gate.rows, touched)
+        chunk = self.rows_per_task(gate, touched)
         self.add(
             experts.gate_up,
             self.keep_matrix(gate),
@@ -406,7 +410,7 @@ class Program:
     ) -> None:
         """out := the matrix times hidden, for every token or for every slot of a routing."""
         source = hidden.as_read_by(matrix)
-        chunk = self.rows_per_task(matrix.rows, touched)
+        chunk = self.rows_per_task(matrix, touched)
         self.add(
             experts.down,
             self.keep_matrix(matrix),
@@ -435,14 +439,20 @@ class Program:
         self.scratch_bytes = max(self.scratch_bytes, reader.scratch_bytes(matrix.columns))
         return reader.multiply
 
-    def rows_per_task(self, rows: int, matrices: int) -> int:
+    def rows_per_task(self, matrix: Matrix, matrices: int) -> int:
         """Rows of a task: enough tasks to keep the threads evenly busy.
 
         An odd number of panels: rows that are taken together then lie in different sets of the
         first-level cache.
         """
-        wanted = rows * matrices // (TASKS_PER_THREAD * self.threads) // ROWS
-        return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, wanted)) - 1) | 1)
+        rows = matrix.rows * matrices
+        few = min(SHORT_STREAM // matrix.row_bytes, self.share(rows))
+        panels = max(few, rows // (TASKS_PER_THREAD * self.threads)) // ROWS
+        return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, panels)) - 1) | 1)
+
+    def share(self, count: int, unit: int = 1) -> int:
+        """How many of `count` small things a task takes, in whole units."""
+        return max(unit, count // (SHARES_PER_THREAD * self.threads) // unit * unit)
 
 
 def record_arguments(x: Activation) -> tuple[int, int, int, int]:

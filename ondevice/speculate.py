@@ -21,6 +21,7 @@ from ondevice.kernels.ahead import MOST_DRAFTS, ring_rows
 from ondevice.kernels.attention import CACHES
 from ondevice.kernels.layout import WORD
 from ondevice.layers.mtp import Head, head
+from ondevice.layers.output import Logits
 from ondevice.program import Buffer, Operations, Program, zeros
 from ondevice.state import State, journal_bytes
 from ondevice.weights import Weights
@@ -95,7 +96,7 @@ class Ahead:
 
     def __init__(
         self, config: Config, record: Array, trunk: Operations, logits: Operations,
-        logits_buffer: Buffer, threads: int, mode: str,
+        result: Logits, threads: int, mode: str,
     ) -> None:  # fmt: skip
         self.config = config
         self.record = record
@@ -103,7 +104,7 @@ class Ahead:
         self.predicts = config.mtp_layers > 0
         self._threads = threads
         self.check = trunk + logits
-        self._logits_bytes = logits_buffer.row_bytes
+        self._result = result
         self.programs: tuple[Program, ...] = ()
         self.head: Head | None = None
         self.hidden: Operations | None = None
@@ -119,7 +120,11 @@ class Ahead:
 
     def _checking(self) -> Operations:
         program = Program(1, self._threads)
-        program.add(ahead.accept, self._address, self._logits_bytes)
+        rows, peaks, piece = self._result.rows, self._result.peaks, self._result.piece
+        program.add(
+            ahead.accept,
+            *(self._address, rows.row_bytes, peaks.address, peaks.row_bytes, piece),
+        )
         return self.check + program.take()
 
     def add_head(

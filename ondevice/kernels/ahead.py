@@ -49,6 +49,7 @@ from ondevice.kernels.layout import (
 )
 from ondevice.kernels.norm import normalize
 from ondevice.kernels.operation import operation
+from ondevice.kernels.peaks import greatest_logit
 from ondevice.kernels.sample import ENDS, LOGITS, choose, uniform
 from ondevice.kernels.simd import (
     atomic_load,
@@ -161,14 +162,13 @@ def add_draft(record, step, token, vocabulary):
 
 @operation
 def draft(op, step, task, scratch):
-    """The greatest of a row of logits is the next draft: (record, logits, how many, vocabulary)."""
+    """The token of the greatest logit is the next draft.
+
+    (record, logits, how many, logits of a piece, peaks, vocabulary)
+    """
     record, logits, count = argument(op, 0), argument(op, 1), argument(op, 2)
-    token, best = 0, load_f32(logits)
-    for other in range(1, count):
-        logit = load_f32(logits + 4 * other)
-        if logit > best:
-            token, best = other, logit
-    add_draft(record, step, token, argument(op, 3))
+    token = greatest_logit(logits, count, argument(op, 3), argument(op, 4))
+    add_draft(record, step, max(0, token), argument(op, 5))
     more = word(record, MADE) < word(record, DRAFTED)
     store_i64(record + WORD * MORE, 1 if more else 0)
 
@@ -237,8 +237,12 @@ def look_up(op, step, task, scratch):
 
 @operation
 def accept(op, step, task, scratch):
-    """Choose the tokens after the rows up to the first wrong draft: (record, bytes of logits)."""
+    """Choose the tokens after the rows up to the first wrong draft.
+
+    (record, bytes of logits, peaks, bytes, piece)
+    """
     record, row_bytes = argument(op, 0), argument(op, 1)
+    peaks, peaks_bytes, piece = argument(op, 2), argument(op, 3), argument(op, 4)
     sampler, history = word(step, SAMPLER), word(step, HISTORY)
     logits, checked = word(sampler, LOGITS), word(record, CHECKED)
     position, count = word(step, POSITION), word(step, COUNT)
@@ -249,7 +253,8 @@ def accept(op, step, task, scratch):
     store_i64(record + WORD * TOTAL, word(record, TOTAL) + count - 1)
     accepted, row, ended = 0, 0, False
     while True:
-        chosen = choose(sampler, logits + row * row_bytes, history, length, position + row + 1)
+        at = (logits + row * row_bytes, peaks + row * peaks_bytes)
+        chosen = choose(sampler, *at, piece, history, length, position + row + 1)
         if chosen < 0:
             store_i64(step + WORD * OUTCOME, NOT_FINITE)
             ended = True

@@ -51,7 +51,6 @@ from ondevice.kernels.simd import (
 )
 from quant.jit import inner
 
-CHANNELS = 128  # of one convolution task
 L2_EPSILON = np.float32(1e-6)
 MOST_TENTATIVE = 4
 
@@ -68,10 +67,10 @@ def input_row(window, journal, x, x_bytes, row, size, pending, source):
 
 @operation
 def convolve(op, step, task, scratch):
-    """Causal convolution and SiLU of CHANNELS channels; their window moves on by the batch.
+    """Causal convolution and SiLU of some channels; their window moves on by the batch.
 
     (input, bytes, out, bytes, channels, kernel, weights (kernel, channels) f32, window's place in
-     the state: (kernel - 1, channels) f32, place in the journal)
+     the state: (kernel - 1, channels) f32, place in the journal, channels of a task: n * 16)
     Rows of `out` are the pending tokens and then the batch's.
     """
     x, x_bytes, out, out_bytes = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
@@ -79,8 +78,8 @@ def convolve(op, step, task, scratch):
     window, journal = word(step, STATE) + argument(op, 7), word(step, JOURNAL) + argument(op, 8)
     pending, tentative, row = word(step, PENDING), word(step, TENTATIVE), 4 * channels
     count = pending + word(step, COUNT)
-    start = task * CHANNELS
-    for c in range(start, min(start + CHANNELS, channels), 16):
+    used = argument(op, 9)
+    for c in range(task * used, min((task + 1) * used, channels), 16):
         left = channels - c
         for t in range(count):
             total = zero(f32x16)
@@ -214,13 +213,9 @@ def move_and_read_out(s, other, to, other_to, size, k, d, e, g, next_k, next_q, 
     return key0 + key1, query0 + query1, key2 + key3, query2 + query3
 
 
-@operation
-def delta_rule(op, step, task, scratch):
-    """o for every token of the batch, and S moved on; a task is two column blocks of one head.
-
-    (qkv, bytes, kq, decay, beta, out, bytes, key heads, value heads, size, place in the state)
-    All inputs begin with the pending tokens.
-    """
+@inner
+def move_pair(op, step, pair, scratch):
+    """o of two column blocks of one head for every token of the batch, and S moved on."""
     qkv, qkv_bytes, kq = argument(op, 0), argument(op, 1), argument(op, 2)
     decay, beta = argument(op, 3), argument(op, 4)
     out, out_bytes = argument(op, 5), argument(op, 6)
@@ -231,7 +226,7 @@ def delta_rule(op, step, task, scratch):
     kept = count - word(step, TENTATIVE)
     blocks, ratio = (size + 15) // 16, value_heads // key_heads
     pairs = (blocks + 1) // 2
-    head, block = task // pairs, task % pairs * 2
+    head, block = pair // pairs, pair % pairs * 2
     s = memory + 64 * size * (head * blocks + block)
     other = s + 64 * size if block + 1 < blocks else scratch
     copy, other_copy = scratch + 64 * size, scratch + 128 * size
@@ -271,8 +266,21 @@ def delta_rule(op, step, task, scratch):
                 moved(other, other, i, k, e, g)
 
 
-def delta_tasks(value_heads: int, size: int) -> int:
-    """Tasks of `delta_rule`: a head's column blocks in pairs."""
+@operation
+def delta_rule(op, step, task, scratch):
+    """o for every token of the batch, and S moved on; a task is some pairs of column blocks.
+
+    (qkv, bytes, kq, decay, beta, out, bytes, key heads, value heads, size, place in the state,
+     pairs of a task)
+    All inputs begin with the pending tokens.
+    """
+    used, every = argument(op, 11), argument(op, 8) * ((argument(op, 9) + 31) // 32)
+    for pair in range(task * used, min((task + 1) * used, every)):
+        move_pair(op, step, pair, scratch)
+
+
+def column_pairs(value_heads: int, size: int) -> int:
+    """Pairs of column blocks, of all heads; a head's last may be one alone."""
     return value_heads * -(-size // 32)
 
 

@@ -10,7 +10,7 @@
 
 The sampler record (int64 words; f = a float64's bits): logits, vocabulary, temperature f, top_k,
 top_p f, min_p f, penalty f, seed, address of one uint8 per token (1 ends the answer), scratch of
-8 bytes per token.
+8 bytes per token. Logits come with their peaks (kernels/peaks.py).
 """
 
 import math
@@ -31,9 +31,11 @@ from ondevice.kernels.layout import (
     STEPS_LEFT,
     TOKENS,
     WORD,
+    argument,
     word,
 )
 from ondevice.kernels.operation import operation
+from ondevice.kernels.peaks import greatest_logit, note_peak
 from ondevice.kernels.simd import (
     atomic_load,
     load_f32,
@@ -52,8 +54,8 @@ PENALTY_WINDOW = 64
 
 
 @inner
-def penalize(logits, penalty, history, length):
-    """Once per distinct token among the last PENALTY_WINDOW."""
+def penalize(logits, vocabulary, peaks, piece, penalty, history, length):
+    """Once per distinct token among the last PENALTY_WINDOW; peaks follow."""
     start = max(0, length - PENALTY_WINDOW)
     for i in range(start, length):
         token = load_i32(history + 4 * i)
@@ -64,6 +66,7 @@ def penalize(logits, penalty, history, length):
             logit = load_f32(logits + 4 * token)
             value = logit / penalty if logit > 0 else logit * penalty
             store_f32(logits + 4 * token, np.float32(value))
+            note_peak(logits, vocabulary, piece, token // piece, peaks)
 
 
 @inner
@@ -104,16 +107,19 @@ def sift_down(logits, heap, place, size):
 
 
 @inner
-def best_candidates(logits, vocabulary, size, heap):
+def best_candidates(logits, vocabulary, peaks, piece, size, heap):
     """The `size` best tokens, best first, at `heap`."""
     for token in range(size):
         store_i32(heap + 4 * token, token)
     for place in range(size // 2 - 1, -1, -1):
         sift_down(logits, heap, place, size)
-    for token in range(size, vocabulary):
-        if before(logits, token, load_i32(heap)):
-            store_i32(heap, token)
-            sift_down(logits, heap, 0, size)
+    for start in range(size // piece * piece, vocabulary, piece):
+        # later tokens are better by a greater logit only
+        if load_f32(peaks + 4 * (start // piece)) > load_f32(logits + 4 * load_i32(heap)):
+            for token in range(max(start, size), min(start + piece, vocabulary)):
+                if before(logits, token, load_i32(heap)):
+                    store_i32(heap, token)
+                    sift_down(logits, heap, 0, size)
     for last in range(size - 1, 0, -1):
         worst, final = load_i32(heap), load_i32(heap + 4 * last)
         store_i32(heap, final)
@@ -122,7 +128,7 @@ def best_candidates(logits, vocabulary, size, heap):
 
 
 @inner
-def draw(sampler, logits, position):
+def draw(sampler, logits, peaks, piece, position):
     """One token from the candidates that the options leave."""
     vocabulary = word(sampler, VOCABULARY)
     temperature = load_f64(sampler + WORD * TEMPERATURE)
@@ -130,7 +136,7 @@ def draw(sampler, logits, position):
     candidates = vocabulary if top_k <= 0 or top_k > vocabulary else top_k
     heap = word(sampler, SPACE)
     shares = heap + 4 * vocabulary
-    best_candidates(logits, vocabulary, candidates, heap)
+    best_candidates(logits, vocabulary, peaks, piece, candidates, heap)
     top = np.float64(load_f32(logits + 4 * load_i32(heap)))
     total = 0.0
     for i in range(candidates):
@@ -156,39 +162,36 @@ def draw(sampler, logits, position):
 
 
 @inner
-def choose(sampler, logits, history, length, position):
+def choose(sampler, logits, peaks, piece, history, length, position):
     """The token at `position`, after a history of `length` tokens; -1 if a logit is not finite.
 
-    It depends on nothing else: not on how many tokens are chosen in a step.
+    It depends on nothing else: not on how many tokens are chosen in a step. `logits` and `peaks`
+    are those of one row.
     """
     vocabulary = word(sampler, VOCABULARY)
     penalty = load_f64(sampler + WORD * PENALTY)
     if penalty != 1.0:
-        penalize(logits, penalty, history, length)
-    chosen, best = 0, load_f32(logits)
-    finite = True
-    for token in range(vocabulary):
-        logit = load_f32(logits + 4 * token)
-        finite &= abs(logit) <= np.float32(3.4e38)
-        if logit > best:
-            chosen, best = token, logit
-    if not finite:
-        return -1
-    if load_f64(sampler + WORD * TEMPERATURE) > 0.0:
-        chosen = draw(sampler, logits, position)
+        penalize(logits, vocabulary, peaks, piece, penalty, history, length)
+    chosen = greatest_logit(logits, vocabulary, piece, peaks)
+    if chosen >= 0 and load_f64(sampler + WORD * TEMPERATURE) > 0.0:
+        chosen = draw(sampler, logits, peaks, piece, position)
     return chosen
 
 
 @operation
 def sample(op, step, task, scratch):
-    """Choose a token, append it to the history, and say whether the program runs again."""
+    """Choose a token, append it to the history, and say whether the program runs again.
+
+    (peaks, piece)
+    """
+    peaks, piece = argument(op, 0), argument(op, 1)
     store_i64(step + WORD * REPEAT, 0)
     store_i64(step + WORD * PENDING, 0)  # this step has taken them into the memory
     position = word(step, POSITION) + word(step, COUNT)
     store_i64(step + WORD * POSITION, position)
     sampler = word(step, SAMPLER)
     history, length = word(step, HISTORY), word(step, HISTORY_LENGTH)
-    chosen = choose(sampler, word(sampler, LOGITS), history, length, position)
+    chosen = choose(sampler, word(sampler, LOGITS), peaks, piece, history, length, position)
     if chosen < 0:
         store_i64(step + WORD * OUTCOME, NOT_FINITE)
         return

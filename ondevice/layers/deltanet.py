@@ -53,13 +53,14 @@ def deltanet(
         ba = program.linear(ba_matrix, h, "ba")
 
         mixed = program.buffer("convolved", 4 * config.conv_channels)
+        channels = program.share(config.conv_channels, 16)
         program.add(
             delta.convolve,
             *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
             *(config.conv_channels, config.conv_kernel),
             program.keep(np.ascontiguousarray(conv.T)),
-            *(place, journal),
-            tasks=-(-config.conv_channels // delta.CHANNELS),
+            *(place, journal, channels),
+            tasks=-(-config.conv_channels // channels),
         )
         kq = program.numbers("key times query", config.key_heads)
         decay = program.numbers("decay", config.value_heads)
@@ -76,12 +77,14 @@ def deltanet(
         )
         o = program.activation("delta output", config.value_dim, (out_matrix,))
         program.scratch_bytes = max(program.scratch_bytes, delta.scratch_bytes(size))
+        every = delta.column_pairs(config.value_heads, size)
+        pairs = program.share(every)
         program.add(
             delta.delta_rule,
             *(mixed.address, mixed.row_bytes, kq, decay, beta),
             *(o.floats.address, o.floats.row_bytes),
-            *(config.key_heads, config.value_heads, size, place + window_bytes(config)),
-            tasks=delta.delta_tasks(config.value_heads, size),
+            *(config.key_heads, config.value_heads, size, place + window_bytes(config), pairs),
+            tasks=-(-every // pairs),
         )
         program.add(
             norm.gated_norm,

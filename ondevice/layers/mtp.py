@@ -20,6 +20,7 @@ from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import BESIDE, WORD
 from ondevice.layers.attention import Batch, attention, positions
 from ondevice.layers.moe import moe
+from ondevice.layers.output import logits
 from ondevice.program import (
     Activation,
     Buffer,
@@ -74,15 +75,16 @@ def head(
     one = program.take()
     norm = weights.vector(f"{block}.nextn.shared_head_norm.weight", config.hidden)
     h = tail.norm(x, norm, config.norm_epsilon, "draft input", (output,))
-    logits = tail.linear(output, h, "draft logits")
+    result = logits(tail, output, h, "draft logits")
     length = len(one.lines) + tail.length + 1
     tail.add(
         ahead.draft,
-        *(record, logits.address, output.rows, config.vocabulary),
+        *(record, result.rows.address, output.rows, result.piece, result.peaks.address),
+        config.vocabulary,
         loop=record + WORD * ahead.MORE,
         back=length,
     )
-    return Head(follow, one + tail.take(), (tail,), logits, h.floats)
+    return Head(follow, one + tail.take(), (tail,), result.rows, h.floats)
 
 
 def _draft_output(weights: Weights, own: str, config: Config) -> Matrix:

@@ -17,10 +17,13 @@ from ondevice.program import (
     LINE,
     MOST_PANELS,
     OWN_PAGES,
+    SHARES_PER_THREAD,
     Program,
     float_bits,
     zeros,
 )
+from ondevice.weights import Matrix
+from quant.registry import FORMATS
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 64, 1000, OWN_PAGES, HUGE_PAGES])
@@ -109,11 +112,33 @@ def test_stages_share_memory() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
 @pytest.mark.parametrize(("rows", "matrices"), [(1, 1), (64, 1), (2048, 1), (512, 10), (10**6, 1)])
-def test_tasks_are_whole_groups_of_rows(rows: int, matrices: int, threads: int) -> None:
-    task = Program(1, threads).rows_per_task(rows, matrices)
+@pytest.mark.parametrize("row_bytes", [17, 420, 8192])
+def test_tasks_are_whole_groups_of_rows(
+    rows: int, matrices: int, row_bytes: int, threads: int
+) -> None:
+    matrix = Matrix("w", 0, rows, 256, row_bytes, FORMATS["F32"])
+    task = Program(1, threads).rows_per_task(matrix, matrices)
     panels = task // ROWS
     assert task == ROWS * panels and panels % 2 == 1
     assert FEWEST_PANELS <= panels <= MOST_PANELS
+
+
+def test_short_rows_come_in_longer_tasks() -> None:
+    def task(row_bytes: int, threads: int) -> int:
+        matrix = Matrix("w", 0, 2048, 512, row_bytes, FORMATS["F32"])
+        return Program(1, threads).rows_per_task(matrix, 1)
+
+    assert task(420, 2) > task(2304, 2)
+    assert task(420, 16) == FEWEST_PANELS * ROWS  # each thread has its tasks all the same
+
+
+@pytest.mark.parametrize("threads", [1, 2, 12])
+@pytest.mark.parametrize("count", [1, 31, 128, 8192])
+@pytest.mark.parametrize("unit", [1, 16])
+def test_shares(count: int, unit: int, threads: int) -> None:
+    share = Program(1, threads).share(count, unit)
+    assert share >= unit and share % unit == 0
+    assert share == unit or -(-count // share) >= SHARES_PER_THREAD * threads
 
 
 def test_floats_travel_as_bits() -> None:

@@ -22,6 +22,7 @@ from ondevice.kernels import layout
 from ondevice.kernels.activation import NONE, PER_256, record_bytes
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.operation import CompiledFunction
+from ondevice.kernels.peaks import note_peaks
 from ondevice.kernels.team import Team
 from quant.format import Array
 from quant.registry import FORMATS
@@ -127,6 +128,21 @@ def run(
         if isinstance(rows, Rows):
             rows.check()
     return step
+
+
+def peaks_of(logits: Array, piece: int) -> Array:
+    """The peaks of rows of logits (kernels/peaks.py)."""
+    rows, vocabulary = logits.shape
+    pieces = -(-vocabulary // piece)
+    peaks = np.zeros((rows, pieces), np.float32)
+    operation = record(
+        note_peaks,
+        *(logits, logits.strides[0], vocabulary, piece, peaks, peaks.strides[0]),
+    )
+    step = step_record(count=rows)
+    for index in range(pieces):
+        note_peaks(operation.ctypes.data, step.ctypes.data, index, 0)
+    return peaks
 
 
 # ---- activation records ----

@@ -10,9 +10,10 @@ from ondevice.kernels.ahead import MOST_DRAFTS, RECORD_WORDS, ring_rows
 from ondevice.kernels.formats import READERS
 from quant.format import Array
 from tests.ondevice.kernels import harness
-from tests.ondevice.kernels.harness import Rows, bits, run, step_record
+from tests.ondevice.kernels.harness import Rows, bits, peaks_of, run, step_record
 
 VOCABULARY = 50
+PIECE = 16  # logits that have a peak
 BATCH = 100
 RING_ROWS = ring_rows(BATCH)
 
@@ -87,6 +88,11 @@ def test_head_inputs(made: int) -> None:
 # ---- the turns of a cycle ----
 
 
+def drafts_from(logits: Array) -> tuple[Any, ...]:
+    """What `draft` wants to know of its logits."""
+    return logits, VOCABULARY, PIECE, peaks_of(logits, PIECE), VOCABULARY
+
+
 def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
     history = np.arange(100, dtype=np.int32)
     record = ahead.new_record(BATCH)
@@ -101,7 +107,7 @@ def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
         assert moved[[layout.COUNT, layout.POSITION]].tolist() == [1, 49 + made]
         logits[:] = 0
         logits[0, [made + 4, made + 9]] = 2  # of equal ones the first
-        run(ahead.draft, record, logits, VOCABULARY, VOCABULARY)
+        run(ahead.draft, record, *drafts_from(logits))
         assert record[ahead.MORE] == (made < 2)
     step = run(ahead.begin_check, record, **given)
     assert drafts_of(record) == [60, 4, 5, 6]
@@ -119,10 +125,10 @@ def test_the_hook_makes_drafts_true_with_a_chance() -> None:
     record = ahead.new_record(BATCH)
     record[[ahead.TRUTH, ahead.TRUTH_LENGTH]] = truth.ctypes.data, len(truth)
     record.view(np.float64)[ahead.CHANCE] = 0.7
-    right = 0
+    right, arguments = 0, drafts_from(logits)
     for position in range(0, 4000, 2):
         record[[ahead.AT, ahead.MADE]] = position, 0
-        run(ahead.draft, record, logits, VOCABULARY, VOCABULARY, threads=1)
+        run(ahead.draft, record, *arguments, threads=1)
         right += drafts_of(record)[1] == truth[position + 1]
     assert 0.67 <= right / 2000 <= 0.73
 
@@ -173,6 +179,12 @@ def test_look_up(tokens: int) -> None:
 # ---- the check ----
 
 
+def rows_of(logits: Array) -> tuple[Any, ...]:
+    """What `accept` wants to know of its logits."""
+    peaks = peaks_of(logits, PIECE)
+    return logits.strides[0], peaks, peaks.strides[0], PIECE
+
+
 def sampler(logits: Array, temperature: float, ends: Array, space: Array) -> Array:
     words = np.zeros(sample.SAMPLER_WORDS, np.int64)
     words[[sample.LOGITS, sample.VOCABULARY]] = logits.ctypes.data, logits.shape[1]
@@ -206,6 +218,7 @@ def test_accept_chooses_as_plain_decoding_does(temperature: float) -> None:
             token = np.zeros(1, np.int32)
             run(
                 sample.sample,
+                *(peaks_of(own, PIECE), PIECE),
                 threads=1,
                 history=plain,
                 history_length=20 + row,
@@ -241,7 +254,8 @@ def test_accept_chooses_as_plain_decoding_does(temperature: float) -> None:
             steps_left=left,
         )
         # once: as a program it would go on
-        line = harness.record(ahead.accept, record, logits.strides[0])
+        given = rows_of(logits)
+        line = harness.record(ahead.accept, record, *given)
         ahead.accept(line.ctypes.data, step.ctypes.data, 0, 0)
         made = int(step[layout.HISTORY_LENGTH]) - 20
         assert history[20 : 20 + made].tolist() == expected
@@ -262,7 +276,7 @@ def test_accept_reports_what_is_not_finite() -> None:
     record[RECORD_WORDS:].view(np.int32)[1] = 3
     step = run(
         ahead.accept,
-        *(record, logits.strides[0]),
+        *(record, *rows_of(logits)),
         history=history,
         history_length=1,
         position=0,

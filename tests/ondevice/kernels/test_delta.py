@@ -8,6 +8,7 @@ from quant.format import Array
 from tests.ondevice.kernels.harness import Rows, bits, run
 
 ROUNDING = 2e-6
+CHANNELS, PAIRS = 48, 3  # of a task
 MOST = delta.MOST_TENTATIVE
 BATCHES = ((11,), (1,) * 11, (2, 5, 1, 3))
 HEADS = pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_convolution(channels: int, kernel: int) -> None:
             part = Rows(piece.stop - piece.start, channels)
             run(
                 delta.convolve,
-                *(Rows.of(x[piece]), part, channels, kernel, weights, place),
-                tasks=-(-channels // delta.CHANNELS),
+                *(Rows.of(x[piece]), part, channels, kernel, weights, place, 0, CHANNELS),
+                tasks=-(-channels // CHANNELS),
                 count=len(part.values),
                 state=state,
             )
@@ -154,8 +155,8 @@ def test_delta_rule(key_heads: int, value_heads: int, size: int) -> None:
             run(
                 delta.delta_rule,
                 *(Rows.of(qkv[piece]), kq[piece], decay[piece], beta[piece], part),
-                *(key_heads, value_heads, size, place),
-                tasks=delta.delta_tasks(value_heads, size),
+                *(key_heads, value_heads, size, place, PAIRS),
+                tasks=-(-delta.column_pairs(value_heads, size) // PAIRS),
                 scratch=delta.scratch_bytes(size),
                 count=len(part.values),
                 state=state,
@@ -209,8 +210,8 @@ def test_taken_back_tokens_leave_no_trace(key_heads: int, value_heads: int, size
             }
             run(
                 delta.convolve,
-                *(part, mixed, channels, kernel, weights, 0, 0),
-                tasks=-(-channels // delta.CHANNELS),
+                *(part, mixed, channels, kernel, weights, 0, 0, CHANNELS),
+                tasks=-(-channels // CHANNELS),
                 **words,
             )
             run(
@@ -221,8 +222,8 @@ def test_taken_back_tokens_leave_no_trace(key_heads: int, value_heads: int, size
             )
             run(
                 delta.delta_rule,
-                *(mixed, kq, decay, beta, out, key_heads, value_heads, size, window_bytes),
-                tasks=delta.delta_tasks(value_heads, size),
+                *(mixed, kq, decay, beta, out, key_heads, value_heads, size, window_bytes, PAIRS),
+                tasks=-(-delta.column_pairs(value_heads, size) // PAIRS),
                 scratch=delta.scratch_bytes(size),
                 **words,
             )

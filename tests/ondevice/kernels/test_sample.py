@@ -8,11 +8,12 @@ import pytest
 
 from ondevice.kernels import layout, sample
 from quant.format import Array
-from tests.ondevice.kernels.harness import record, step_record
+from tests.ondevice.kernels.harness import peaks_of, record, step_record
 
 POSITION = 10
 LENGTH = 70  # of the history: more than the penalty looks back
 MASK = 2**64 - 1
+PIECE = 48  # logits that have a peak
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Sampler:
             self.ends.ctypes.data,
             self._space.ctypes.data,
         )
-        self._operation = record(sample.sample)
         self.step = step_record()
 
     def __call__(self, seed: int = 0, **words: int) -> int:
@@ -64,7 +64,9 @@ class Sampler:
             repeat=1,
             **given,
         )
-        sample.sample(self._operation.ctypes.data, self.step.ctypes.data, 0, 0)
+        peaks = peaks_of(self.logits[None], PIECE)
+        operation = record(sample.sample, peaks, PIECE)
+        sample.sample(operation.ctypes.data, self.step.ctypes.data, 0, 0)
         assert np.isnan(self._space[-1]), "written beyond 8 bytes per token"
         return int(self.tokens[0])
 

@@ -1,0 +1,33 @@
+"""The end of a forward pass: logits for every row, and their peaks (kernels/peaks.py)."""
+
+from dataclasses import dataclass
+
+from ondevice.kernels import peaks
+from ondevice.kernels.layout import CHAIN
+from ondevice.program import Activation, Buffer, Program
+from ondevice.weights import Matrix
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Where a program writes logits and peaks, a row for each token."""
+
+    rows: Buffer
+    vocabulary: int
+    peaks: Buffer
+    piece: int
+    """Logits that a peak stands for."""
+
+
+def logits(program: Program, matrix: Matrix, h: Activation, name: str) -> Logits:
+    """The output matrix times every row of h."""
+    rows = program.linear(matrix, h, name, then=CHAIN)
+    piece = program.rows_per_task(matrix, 1)
+    pieces = -(-matrix.rows // piece)
+    noted = program.buffer(f"{name} peaks", 4 * pieces)
+    program.add(
+        peaks.note_peaks,
+        *(rows.address, rows.row_bytes, matrix.rows, piece, noted.address, noted.row_bytes),
+        tasks=pieces,
+    )
+    return Logits(rows, matrix.rows, noted, piece)
