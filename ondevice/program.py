@@ -24,6 +24,7 @@ from ondevice.kernels.layout import (
     ARGUMENTS,
     BACK,
     BARRIER,
+    FEW_TASKS,
     KERNEL,
     LOOP,
     OPERATION_WORDS,
@@ -45,9 +46,11 @@ FEWEST_PANELS, MOST_PANELS = 3, 15
 TASKS_PER_THREAD = 24
 """Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
 SHARES_PER_THREAD = 8
-"""As many where all work together is short, and tasks of a thread would hardly begin to stream."""
-SHORT_STREAM = 64 << 10
-"""Bytes below which a task is too short for the processor to fetch memory ahead of it."""
+"""As many where tasks are short because there is little to do, or because tokens are few."""
+PARTS_PER_THREAD = 4
+"""A run of rows is one of so many parts for each thread of what is left: some may be slow."""
+SHORTEST_RUN = 128 << 10
+"""Bytes below which a run is hardly begun when it ends, if the threads have enough of them."""
 
 
 def zeros(nbytes: int) -> Array:
@@ -99,6 +102,18 @@ class Activation:
     def as_read_by(self, matrix: Matrix) -> Buffer:
         kind = READERS[matrix.format.name].activation
         return self.floats if kind == activation.NONE else self.records[kind]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How rows fall into tasks: kernels/linear.py."""
+
+    chunk: int
+    tasks: int
+    runs: int
+    """Address of the table."""
+    few: int
+    """Tasks for few tokens."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +245,13 @@ class Program:
         label: str = "",
         loop: int = 0,
         back: int = 0,
+        few: int = 0,
     ) -> None:
         """One operation and what may follow it; kernels.layout says what the options mean."""
         assert len(arguments) <= LOOP - ARGUMENTS
         words: list[int | CompiledFunction] = [0] * OPERATION_WORDS
         words[KERNEL], words[TASKS], words[PER_TOKEN] = kernel, tasks, int(per_token)
-        words[TIMES], words[THEN] = times, then
+        words[TIMES], words[THEN], words[FEW_TASKS] = times, then, few
         words[LOOP], words[BACK] = loop, back
         words[ARGUMENTS : ARGUMENTS + len(arguments)] = [
             value if isinstance(value, CompiledFunction) else int(value) for value in arguments
@@ -330,12 +346,18 @@ class Program:
             )
 
     def linear(
-        self, matrix: Matrix, x: Activation, name: str, then: int = BARRIER, times: int = 0
+        self,
+        matrix: Matrix,
+        x: Activation,
+        name: str,
+        then: int = BARRIER,
+        times: int = 0,
+        rows: Split | None = None,
     ) -> Buffer:
-        """The matrix times every token."""
+        """The matrix times every token; `rows` says how it falls into tasks."""
         out = self.buffer(name, 4 * matrix.rows)
         source = x.as_read_by(matrix)
-        chunk = self.rows_per_task(matrix, 1)
+        rows = rows or self.split(matrix)
         self.add(
             linear.linear,
             self.keep_matrix(matrix),
@@ -347,8 +369,9 @@ class Program:
             source.row_bytes,
             out.address,
             out.row_bytes,
-            chunk,
-            tasks=-(-matrix.rows // chunk),
+            *(rows.chunk, rows.runs),
+            tasks=rows.tasks,
+            few=rows.few,
             times=times,
             then=then,
             label=f"linear: {name}",
@@ -369,7 +392,7 @@ class Program:
         """hidden := silu(gate x) * (up x), for every token or for every slot of a routing."""
         other = self.buffer(f"{name} up", 4 * up.rows, hidden.rows_per_token)
         gate_source, up_source = x.as_read_by(gate), x.as_read_by(up)
-        chunk = self.rows_per_task(gate, touched)
+        rows = self.split(gate, touched)
         self.add(
             experts.gate_up,
             self.keep_matrix(gate),
@@ -389,9 +412,9 @@ class Program:
             hidden.floats.address,
             other.address,
             hidden.floats.row_bytes,
-            routing,
-            chunk,
-            tasks=-(-gate.rows // chunk),
+            *(routing, rows.chunk, rows.runs),
+            tasks=rows.tasks,
+            few=rows.few,
             times=routing,
             then=then,
             label=f"{name} gate_up",
@@ -410,7 +433,7 @@ class Program:
     ) -> None:
         """out := the matrix times hidden, for every token or for every slot of a routing."""
         source = hidden.as_read_by(matrix)
-        chunk = self.rows_per_task(matrix, touched)
+        rows = self.split(matrix, touched)
         self.add(
             experts.down,
             self.keep_matrix(matrix),
@@ -423,9 +446,9 @@ class Program:
             matrix.columns,
             out.address,
             out.row_bytes,
-            routing,
-            chunk,
-            tasks=-(-matrix.rows // chunk),
+            *(routing, rows.chunk, rows.runs),
+            tasks=rows.tasks,
+            few=rows.few,
             times=routing,
             then=then,
             label="expert down" if routing else "shared down",
@@ -439,16 +462,29 @@ class Program:
         self.scratch_bytes = max(self.scratch_bytes, reader.scratch_bytes(matrix.columns))
         return reader.multiply
 
-    def rows_per_task(self, matrix: Matrix, matrices: int) -> int:
+    def split(self, matrix: Matrix, touched: int = 1, unit: int = 0) -> Split:
+        """How a matrix, or each of so many, falls into tasks; all but the last of whole units."""
+        rows, parts = matrix.rows, PARTS_PER_THREAD * self.threads
+        chunk = unit or self.rows_per_task(rows, touched)
+        unit = unit or ROWS
+        least = max(FEWEST_PANELS * ROWS, min(SHORTEST_RUN // matrix.row_bytes, rows // parts))
+        starts = [0]
+        while starts[-1] < rows:
+            # of several matrices all tasks are alike
+            wanted = rows // -(-parts // touched) if touched > 1 else (rows - starts[-1]) // parts
+            run = -(-max(least, wanted) // unit) * unit
+            starts.append(min(rows, starts[-1] + run))
+        runs = self.keep(np.array([len(starts) - 1, *starts], np.int32))
+        return Split(chunk, -(-rows // chunk), runs, len(starts) - 1)
+
+    def rows_per_task(self, rows: int, matrices: int) -> int:
         """Rows of a task: enough tasks to keep the threads evenly busy.
 
         An odd number of panels: rows that are taken together then lie in different sets of the
         first-level cache.
         """
-        rows = matrix.rows * matrices
-        few = min(SHORT_STREAM // matrix.row_bytes, self.share(rows))
-        panels = max(few, rows // (TASKS_PER_THREAD * self.threads)) // ROWS
-        return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, panels)) - 1) | 1)
+        wanted = rows * matrices // (TASKS_PER_THREAD * self.threads) // ROWS
+        return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, wanted)) - 1) | 1)
 
     def share(self, count: int, unit: int = 1) -> int:
         """How many of `count` small things a task takes, in whole units."""

@@ -6,8 +6,8 @@
                     + sigmoid(s) * shared(x)
 
 A *slot* is a (token, choice) pair, number token * k + choice. `group` sorts the slots by expert;
-a task of the products is one touched expert and a chunk of its rows, or all of them, with all of
-its slots, so a batch reads each touched expert once. Results are kept per slot and added up per
+a task of the products is one touched expert and some of its rows, or all of them, with all of its
+slots, so a batch reads each touched expert once. Results are kept per slot and added up per
 token in the order of choice, so a token's result does not depend on the batch.
 
 Experts are read where the file maps them, or from a pool (kernels/store.py).
@@ -139,7 +139,7 @@ def gate_up(op, step, task, scratch):
     """gate := silu(gate x) * (up x) for each slot.
 
     (gate, expert bytes, row bytes, kernel, x, bytes, up, expert bytes, row bytes, kernel, x, bytes,
-     rows, columns, gate out, up out, out bytes, routing record or 0, rows of a chunk)
+     rows, columns, gate out, up out, out bytes, routing record or 0, rows of a chunk, runs or 0)
     """
     gate, gate_bytes, gate_row = argument(op, 0), argument(op, 1), argument(op, 2)
     gate_kernel, gate_x, gate_x_bytes = argument(op, 3), argument(op, 4), argument(op, 5)
@@ -147,8 +147,8 @@ def gate_up(op, step, task, scratch):
     up_kernel, up_x, up_x_bytes = argument(op, 9), argument(op, 10), argument(op, 11)
     rows, columns = argument(op, 12), argument(op, 13)
     gate_out, up_out, out_bytes = argument(op, 14), argument(op, 15), argument(op, 16)
-    routing, chunk = argument(op, 17), argument(op, 18)
-    index, start, used = task_rows(routing, task, rows, chunk)
+    routing, chunk, runs = argument(op, 17), argument(op, 18), argument(op, 19)
+    index, start, used = task_rows(routing, step, task, rows, chunk, runs)
     if used == 0:
         return
     expert, slots, tokens, size = task_slots(routing, index, word(step, COUNT))
@@ -178,14 +178,14 @@ def down(op, step, task, scratch):
     """out = down x for each slot.
 
     (weights, expert bytes, row bytes, kernel, x, bytes, rows, columns, out, bytes,
-     routing record or 0, rows of a chunk)
+     routing record or 0, rows of a chunk, runs or 0)
     """
     weights, expert_bytes, row_bytes = argument(op, 0), argument(op, 1), argument(op, 2)
     kernel, x, x_bytes = argument(op, 3), argument(op, 4), argument(op, 5)
     rows, columns = argument(op, 6), argument(op, 7)
     out, out_bytes = argument(op, 8), argument(op, 9)
-    routing, chunk = argument(op, 10), argument(op, 11)
-    index, start, used = task_rows(routing, task, rows, chunk)
+    routing, chunk, runs = argument(op, 10), argument(op, 11), argument(op, 12)
+    index, start, used = task_rows(routing, step, task, rows, chunk, runs)
     if used == 0:
         return
     expert, slots, _, size = task_slots(routing, index, word(step, COUNT))

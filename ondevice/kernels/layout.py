@@ -14,12 +14,14 @@ WORD = 8
 # operation record
 OPERATION_WORDS = 32
 KERNEL = 0  # address of the compiled kernel
-# it has TASKS * (COUNT, if PER_TOKEN) * (the int64 at TIMES, if that is not 0) tasks, at least 1
+# it has TASKS * (COUNT, if PER_TOKEN) * (the int64 at TIMES, if that is not 0) tasks, at least 1;
+# with at most FEW tokens FEW_TASKS instead of TASKS, unless that is 0
 TASKS = 1
 PER_TOKEN = 2
 TIMES = 3
 THEN = 4  # what may follow
-ARGUMENTS = 5  # first argument
+FEW_TASKS = 5
+ARGUMENTS = 6  # first argument
 LOOP = 30  # 0, or address of an int64: unless that is 0, its group is followed by another one,
 BACK = 31  # which begins so many operations before the next, or after it where this is negative
 
@@ -27,6 +29,9 @@ BARRIER = 0  # THEN: the next operation begins when all tasks of this one are do
 BESIDE = 1  # the next operation's tasks may run at the same time
 # the next operation has as many tasks, each to follow the same one of this; none where TIMES says 0
 CHAIN = 2
+
+FEW = 8
+"""Tokens up to which a batch is few: reading the weights takes longer than multiplying them."""
 
 # step record
 STEP_WORDS = 32
@@ -65,3 +70,9 @@ def word(record: int, index: int) -> int:
 def argument(operation: int, index: int) -> int:
     """Argument `index` of an operation record."""
     return load_i64(operation + WORD * (ARGUMENTS + index))
+
+
+@inner
+def are_few(step: int) -> bool:
+    """Whether the batch has at most FEW tokens."""
+    return word(step, COUNT) <= FEW

@@ -1,13 +1,14 @@
 """Peaks: the greatest logits, noted while the logits are computed.
 
-A *piece* of the vocabulary is what one task of the output matrix computes. Its peak, f32, is the
-greatest of its logits, or NaN where one of them is not finite. Who chooses a token then looks at a
-few hundred peaks instead of at every logit, while the other threads wait.
+The peak of a *piece* of the vocabulary, f32, is the greatest of its logits, or NaN where one of
+them is not finite. Who chooses a token then looks at a few hundred peaks instead of at every logit,
+while the other threads wait.
 """
 
 import numpy as np
 
 from ondevice.kernels.layout import COUNT, argument, word
+from ondevice.kernels.linear import rows_of_task
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
@@ -62,10 +63,16 @@ def greatest_logit(logits, vocabulary, piece, peaks):
 
 
 @operation
-def note_peaks(op, step, index, scratch):
-    """The peak of one piece, for every row: (logits, bytes, vocabulary, piece, peaks, bytes)."""
-    logits, logits_bytes = argument(op, 0), argument(op, 1)
-    vocabulary, piece = argument(op, 2), argument(op, 3)
-    peaks, peaks_bytes = argument(op, 4), argument(op, 5)
+def note_peaks(op, step, task, scratch):
+    """The peaks of the rows of the output matrix that the same task of `linear` has multiplied.
+
+    (logits, bytes, vocabulary, rows of a chunk, runs or 0, peaks, bytes, piece)
+    Chunks and runs begin with a piece.
+    """
+    logits, logits_bytes, vocabulary = argument(op, 0), argument(op, 1), argument(op, 2)
+    start, used = rows_of_task(step, task, vocabulary, argument(op, 3), argument(op, 4))
+    peaks, peaks_bytes, piece = argument(op, 5), argument(op, 6), argument(op, 7)
     for t in range(word(step, COUNT)):
-        note_peak(logits + t * logits_bytes, vocabulary, piece, index, peaks + t * peaks_bytes)
+        for index in range(start // piece, (start + used + piece - 1) // piece):
+            row = logits + t * logits_bytes
+            note_peak(row, vocabulary, piece, index, peaks + t * peaks_bytes)

@@ -8,7 +8,8 @@ their order (int32) and of their places (PLACE_WORDS int64 each, 0 without a poo
 store; which slices of an expert the two products need, a bit for each.
 """
 
-from ondevice.kernels.layout import WORD, word
+from ondevice.kernels.layout import WORD, are_few, word
+from ondevice.kernels.linear import rows_of_task
 from ondevice.kernels.simd import load_i32, load_i64
 from quant.jit import inner
 
@@ -55,17 +56,21 @@ def task_slots(routing, index, count):
 
 
 @inner
-def task_rows(routing, task, rows, chunk):
+def task_rows(routing, step, task, rows, chunk, runs):
     """(index of the expert in this wave, first row, number of rows) of a task.
 
-    Of a chunk of rows; but where there are many experts one task does all rows of one, so that the
-    records of its tokens stay in the caches, and the tasks of its other chunks have none.
+    Of a chunk or a run of rows, as in kernels/linear.py; but where there are many experts one task
+    does all rows of one, so that the records of its tokens stay in the caches, and the tasks of its
+    other chunks have none.
     """
-    chunks = (rows + chunk - 1) // chunk
-    index, start = task // chunks, task % chunks * chunk
+    pieces = (rows + chunk - 1) // chunk
+    if runs != 0 and are_few(step):
+        pieces = load_i32(runs)
+    index, piece = task // pieces, task % pieces
     if routing != 0 and word(routing, TOUCHED) >= WHOLE:
-        return index, start, rows if start == 0 else 0
-    return index, start, min(chunk, rows - start)
+        return index, 0, rows if piece == 0 else 0
+    start, used = rows_of_task(step, piece, rows, chunk, runs)
+    return index, start, used
 
 
 @inner

@@ -33,6 +33,7 @@ from ondevice.kernels.layout import (
     CANCEL,
     CHAIN,
     COUNT,
+    FEW_TASKS,
     KERNEL,
     LOOP,
     OPERATION_WORDS,
@@ -47,6 +48,7 @@ from ondevice.kernels.layout import (
     THEN,
     TIMES,
     WORD,
+    are_few,
     word,
 )
 from ondevice.kernels.simd import (
@@ -96,6 +98,8 @@ def operation_at(control, index):
 def task_count(operation, step):
     """Tasks of an operation in this step."""
     tasks = word(operation, TASKS)
+    if word(operation, FEW_TASKS) != 0 and are_few(step):
+        tasks = word(operation, FEW_TASKS)
     if word(operation, PER_TOKEN) != 0:
         tasks *= word(step, COUNT)
     times = word(operation, TIMES)

@@ -21,13 +21,15 @@ class Logits:
 
 def logits(program: Program, matrix: Matrix, h: Activation, name: str) -> Logits:
     """The output matrix times every row of h."""
-    rows = program.linear(matrix, h, name, then=CHAIN)
-    piece = program.rows_per_task(matrix, 1)
-    pieces = -(-matrix.rows // piece)
-    noted = program.buffer(f"{name} peaks", 4 * pieces)
+    piece = program.rows_per_task(matrix.rows, 1)
+    split = program.split(matrix, unit=piece)
+    rows = program.linear(matrix, h, name, then=CHAIN, rows=split)
+    noted = program.buffer(f"{name} peaks", 4 * -(-matrix.rows // piece))
     program.add(
         peaks.note_peaks,
-        *(rows.address, rows.row_bytes, matrix.rows, piece, noted.address, noted.row_bytes),
-        tasks=pieces,
+        *(rows.address, rows.row_bytes, matrix.rows, split.chunk, split.runs),
+        *(noted.address, noted.row_bytes, piece),
+        tasks=split.tasks,
+        few=split.few,
     )
     return Logits(rows, matrix.rows, noted, piece)

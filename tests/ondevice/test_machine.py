@@ -8,7 +8,7 @@ import pytest
 
 from ondevice import machine
 from ondevice.kernels import probe
-from ondevice.kernels.layout import TASKS
+from ondevice.kernels.layout import ARGUMENTS, TASKS
 from ondevice.machine import Machine
 from ondevice.model import Model
 from ondevice.program import Operations
@@ -58,7 +58,7 @@ def test_the_memory_read_is_far_larger_than_the_caches(monkeypatch: pytest.Monke
     starts = set[int]()
 
     def run(operations: Operations, step: Array) -> None:
-        starts.add(int(operations.records[0, 5]))
+        starts.add(int(operations.records[0, ARGUMENTS]))
 
     probes = Machine(run, 1)
     for _ in range(3):

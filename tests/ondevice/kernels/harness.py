@@ -133,15 +133,14 @@ def run(
 def peaks_of(logits: Array, piece: int) -> Array:
     """The peaks of rows of logits (kernels/peaks.py)."""
     rows, vocabulary = logits.shape
-    pieces = -(-vocabulary // piece)
-    peaks = np.zeros((rows, pieces), np.float32)
-    operation = record(
+    peaks = np.zeros((rows, -(-vocabulary // piece)), np.float32)
+    run(
         note_peaks,
-        *(logits, logits.strides[0], vocabulary, piece, peaks, peaks.strides[0]),
+        *(logits, logits.strides[0], vocabulary, 2 * piece, 0, peaks, peaks.strides[0], piece),
+        threads=1,
+        count=rows,
+        tasks=-(-vocabulary // (2 * piece)),
     )
-    step = step_record(count=rows)
-    for index in range(pieces):
-        note_peaks(operation.ctypes.data, step.ctypes.data, index, 0)
     return peaks
 
 
