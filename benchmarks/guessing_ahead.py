@@ -36,22 +36,24 @@ def compare(guessing: Model, plain: Model, right: float, tokens: int, rounds: in
     _, answer = speed(plain, prompt, tokens)
     assert guessing.ahead is not None
     guessing.ahead.depth = depth = Depth("auto")
-    ratios, rates = [], []
+    ratios, rates, misses = [], [], []
     for number in range(rounds + 1):
         truth = random_hook(guessing, prompt + answer, right)
         before, _ = speed(plain, prompt, tokens)
+        expected = float(depth.rate(depth.choose()))
         rate, same = speed(guessing, prompt, tokens)
         assert same == answer
         del truth
         if number:  # the first round warms up, and teaches the depth
             ratios.append(rate / before)
             rates.append(rate)
+            misses.append(expected / rate - 1)
     chosen = depth.choose()
     return (
         f"{right:.2f} of guesses right: {statistics.median(ratios):.3f} "
         f"({min(ratios):.2f}-{max(ratios):.2f}) of plain decoding; depth {chosen}, "
-        f"{float(depth.rate(chosen)):.1f} tokens/s expected, "
-        f"{statistics.median(rates):.1f} measured"
+        f"{statistics.median(rates):.1f} tokens/s, before each round "
+        f"{statistics.median(misses):+.1%} ({min(misses):+.0%} to {max(misses):+.0%}) expected"
     )
 
 

@@ -116,7 +116,8 @@ class Profile:
         return result
 
     def _tasks(self, record: Array) -> int:
-        tasks = int(record[layout.TASKS])
+        few = record[layout.FEW_TASKS] and self.count <= layout.FEW
+        tasks = int(record[layout.FEW_TASKS if few else layout.TASKS])
         if record[layout.PER_TOKEN]:
             tasks *= self.count
         return tasks if not record[layout.TIMES] else max(2, tasks)  # several experts

@@ -81,49 +81,76 @@ def uniform(seed, position):
 
 
 @inner
-def before(logits, a, b):
-    """Whether token a is a better candidate than b: greater logit, then lower id."""
-    x, y = load_f32(logits + 4 * a), load_f32(logits + 4 * b)
+def before(values, a, b):
+    """Whether item a is better than b: a greater value, then a lower index."""
+    x, y = load_f32(values + 4 * a), load_f32(values + 4 * b)
     return x > y or (x == y and a < b)
 
 
 @inner
-def sift_down(logits, heap, place, size):
-    """Restore a heap whose root is the worst candidate."""
-    token = load_i32(heap + 4 * place)
+def sift_down(values, heap, place, size):
+    """Restore a heap whose root is the worst item."""
+    item = load_i32(heap + 4 * place)
     while True:
         child = 2 * place + 1
         if child >= size:
             break
         other = child + 1
         left = load_i32(heap + 4 * child)
-        if other < size and before(logits, left, load_i32(heap + 4 * other)):
+        if other < size and before(values, left, load_i32(heap + 4 * other)):
             child, left = other, load_i32(heap + 4 * other)
-        if not before(logits, token, left):
+        if not before(values, item, left):
             break
         store_i32(heap + 4 * place, left)
         place = child
-    store_i32(heap + 4 * place, token)
+    store_i32(heap + 4 * place, item)
+
+
+@inner
+def begin_heap(values, size, heap):
+    """The first `size` items."""
+    for item in range(size):
+        store_i32(heap + 4 * item, item)
+    for place in range(size // 2 - 1, -1, -1):
+        sift_down(values, heap, place, size)
+
+
+@inner
+def keep_best(values, start, end, heap, size):
+    """Take items start .. end into a heap of the `size` best ones so far, all before `start`."""
+    for item in range(start, end):
+        if before(values, item, load_i32(heap)):
+            store_i32(heap, item)
+            sift_down(values, heap, 0, size)
+
+
+@inner
+def worst(values, heap):
+    """The value of the worst item of a heap."""
+    return load_f32(values + 4 * load_i32(heap))
 
 
 @inner
 def best_candidates(logits, vocabulary, peaks, piece, size, heap):
     """The `size` best tokens, best first, at `heap`."""
-    for token in range(size):
-        store_i32(heap + 4 * token, token)
-    for place in range(size // 2 - 1, -1, -1):
-        sift_down(logits, heap, place, size)
-    for start in range(size // piece * piece, vocabulary, piece):
+    pieces = (vocabulary + piece - 1) // piece
+    least = np.float32(-np.inf)
+    if size < pieces:
+        # so many peaks are logits of so many tokens: those below the last of them are none of it
+        begin_heap(peaks, size, heap)
+        keep_best(peaks, size, pieces, heap, size)
+        least = worst(peaks, heap)
+    begin_heap(logits, size, heap)
+    for index in range(size // piece, pieces):
+        peak = load_f32(peaks + 4 * index)
         # later tokens are better by a greater logit only
-        if load_f32(peaks + 4 * (start // piece)) > load_f32(logits + 4 * load_i32(heap)):
-            for token in range(max(start, size), min(start + piece, vocabulary)):
-                if before(logits, token, load_i32(heap)):
-                    store_i32(heap, token)
-                    sift_down(logits, heap, 0, size)
+        if peak >= least and peak > worst(logits, heap):
+            start = index * piece
+            keep_best(logits, max(start, size), min(start + piece, vocabulary), heap, size)
     for last in range(size - 1, 0, -1):
-        worst, final = load_i32(heap), load_i32(heap + 4 * last)
+        root, final = load_i32(heap), load_i32(heap + 4 * last)
         store_i32(heap, final)
-        store_i32(heap + 4 * last, worst)
+        store_i32(heap + 4 * last, root)
         sift_down(logits, heap, 0, last)
 
 

@@ -25,7 +25,8 @@ operation = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 
 def task_count(record: np.ndarray, step: np.ndarray) -> int:
-    tasks = int(record[layout.TASKS])
+    few = record[layout.FEW_TASKS] and step[layout.COUNT] <= layout.FEW
+    tasks = int(record[layout.FEW_TASKS if few else layout.TASKS])
     if record[layout.PER_TOKEN]:
         tasks *= int(step[layout.COUNT])
     if record[layout.TIMES]:

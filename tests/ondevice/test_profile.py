@@ -102,4 +102,4 @@ def test_a_models_profile_is_the_time_that_passes(demo: Model) -> None:
         assert any(name.startswith("attend") for name in names)
         products = profile.seconds("linear", "shared", "expert")
         assert 0.3 * spent < products < spent
-    assert ("linear: logits" in names) and ("sample" in names)
+    assert ("linear: logits + note_peaks" in names) and ("sample" in names)

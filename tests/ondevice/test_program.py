@@ -1,5 +1,6 @@
 """The memory of a program: cache lines of its own, shared where a name is asked for again."""
 
+import ctypes
 import itertools
 import sys
 import weakref
@@ -17,6 +18,7 @@ from ondevice.program import (
     LINE,
     MOST_PANELS,
     OWN_PAGES,
+    PARTS_PER_THREAD,
     SHARES_PER_THREAD,
     Program,
     float_bits,
@@ -112,24 +114,47 @@ def test_stages_share_memory() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
 @pytest.mark.parametrize(("rows", "matrices"), [(1, 1), (64, 1), (2048, 1), (512, 10), (10**6, 1)])
-@pytest.mark.parametrize("row_bytes", [17, 420, 8192])
-def test_tasks_are_whole_groups_of_rows(
-    rows: int, matrices: int, row_bytes: int, threads: int
-) -> None:
-    matrix = Matrix("w", 0, rows, 256, row_bytes, FORMATS["F32"])
-    task = Program(1, threads).rows_per_task(matrix, matrices)
+def test_tasks_are_whole_groups_of_rows(rows: int, matrices: int, threads: int) -> None:
+    task = Program(1, threads).rows_per_task(rows, matrices)
     panels = task // ROWS
     assert task == ROWS * panels and panels % 2 == 1
     assert FEWEST_PANELS <= panels <= MOST_PANELS
 
 
-def test_short_rows_come_in_longer_tasks() -> None:
-    def task(row_bytes: int, threads: int) -> int:
-        matrix = Matrix("w", 0, 2048, 512, row_bytes, FORMATS["F32"])
-        return Program(1, threads).rows_per_task(matrix, 1)
+def lengths_of_runs(
+    rows: int, row_bytes: int, threads: int, touched: int = 1, unit: int = 0
+) -> list[int]:
+    matrix = Matrix("w", 0, rows, 256, row_bytes, FORMATS["F32"])
+    program = Program(1, threads)
+    split = program.split(matrix, touched, unit)
+    table = np.ctypeslib.as_array((ctypes.c_int32 * (split.few + 2)).from_address(split.runs))
+    assert table[0] == split.few and table[1] == 0 and table[-1] == rows
+    assert split.tasks == -(-rows // split.chunk)
+    assert not unit or split.chunk == unit
+    lengths = np.diff(table[1:])
+    assert (lengths > 0).all() and (lengths[:-1] % (unit or ROWS) == 0).all()
+    return lengths.tolist()
 
-    assert task(420, 2) > task(2304, 2)
-    assert task(420, 16) == FEWEST_PANELS * ROWS  # each thread has its tasks all the same
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 12, 64])
+@pytest.mark.parametrize(("rows", "row_bytes"), [(1, 64), (512, 8192), (2048, 420), (151936, 1680)])
+@pytest.mark.parametrize("unit", [0, 240])
+def test_runs_become_shorter(rows: int, row_bytes: int, threads: int, unit: int) -> None:
+    lengths = lengths_of_runs(rows, row_bytes, threads, 1, unit)
+    assert lengths == sorted(lengths, reverse=True)
+    least = unit or FEWEST_PANELS * ROWS
+    assert lengths[0] <= max(rows / (PARTS_PER_THREAD * threads) + least, least)
+
+
+def test_short_rows_have_longer_runs() -> None:
+    assert lengths_of_runs(2048, 420, 2)[-2] > lengths_of_runs(2048, 2304, 2)[-2]
+    assert lengths_of_runs(2048, 420, 16)[0] == FEWEST_PANELS * ROWS  # every thread has some
+
+
+def test_experts_are_whole_where_they_are_enough_for_all_threads() -> None:
+    assert lengths_of_runs(512, 1152, 2, touched=10) == [512]
+    assert lengths_of_runs(512, 1152, 4, touched=10) == [256, 256]
+    assert lengths_of_runs(512, 1152, 8, touched=10) == 4 * [128]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 12])
@@ -159,13 +184,14 @@ def test_operations_are_taken_once() -> None:
     program, kernel, other = Program(1, 1), FakeKernel(), FakeKernel()
     program.add(kernel, 7, 8, label="first")
     program.add(
-        kernel, 9, other, tasks=3, per_token=True, times=64, then=layout.CHAIN, label="second"
-    )
+        kernel, 9, other, tasks=3, per_token=True, times=64, then=layout.CHAIN, few=2,
+        label="second",
+    )  # fmt: skip
     operations = program.take()
     assert operations.kernels == [kernel, other]
-    assert operations.records[:, :8].tolist() == [
-        [4096, 1, 0, 0, layout.BARRIER, 7, 8, 0],
-        [4096, 3, 1, 64, layout.CHAIN, 9, 4096, 0],
+    assert operations.records[:, :9].tolist() == [
+        [4096, 1, 0, 0, layout.BARRIER, 0, 7, 8, 0],
+        [4096, 3, 1, 64, layout.CHAIN, 2, 9, 4096, 0],
     ]
     assert operations.labels == ("first", "second")
     assert len(program.take().records) == 0

@@ -87,9 +87,11 @@ def record(
     per_token: bool = False,
     times: Array | None = None,
     then: int = layout.BARRIER,
+    few: int = 0,
 ) -> Array:
     """An operation record; `times` is an array that begins with the number at TIMES."""
     words = np.zeros(layout.OPERATION_WORDS, np.int64)
+    words[layout.FEW_TASKS] = few
     words[[layout.KERNEL, layout.TASKS, layout.PER_TOKEN]] = kernel.address, tasks, per_token
     words[[layout.TIMES, layout.THEN]] = address(times), then
     values = [value for argument in arguments for value in integers(argument)]
@@ -116,17 +118,24 @@ def run(
     **words: Any,
 ) -> Array:
     """Run one operation on a team; checks the guards of every Rows; returns the step record."""
+    operation = record(kernel, *arguments, tasks=tasks, per_token=per_token, times=times)
+    step = run_record(operation, threads, scratch, **words)
+    for rows in arguments:
+        if isinstance(rows, Rows):
+            rows.check()
+    return step
+
+
+def run_record(operation: Array, threads: int = 2, scratch: int = 0, **words: Any) -> Array:
+    """Run one operation record on a team; returns the step record."""
     own = Rows(threads, scratch, np.uint8)
     step = step_record(scratch=own.address, scratch_bytes=own.row_bytes, **{"count": 1, **words})
     team = Team(threads)
     try:
-        operation = record(kernel, *arguments, tasks=tasks, per_token=per_token, times=times)
         team.run(operation[None], step)
     finally:
         team.close()
-    for rows in (own, *arguments):
-        if isinstance(rows, Rows):
-            rows.check()
+    own.check()
     return step
 
 

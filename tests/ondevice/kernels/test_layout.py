@@ -7,7 +7,7 @@ from ondevice.kernels import layout, routing, sample, team
 from ondevice.kernels.simd import store_i64
 from tests.ondevice.kernels.harness import three_integers
 
-OPERATION = ("KERNEL", "TASKS", "PER_TOKEN", "TIMES", "THEN", "ARGUMENTS")
+OPERATION = ("KERNEL", "TASKS", "PER_TOKEN", "TIMES", "THEN", "FEW_TASKS", "ARGUMENTS")
 STEP = (
     *("COUNT", "POSITION", "FIRST", "STATE", "CACHE", "CONTEXT", "TOKENS", "SCRATCH"),
     *("SCRATCH_BYTES", "REPEAT", "STEPS_LEFT", "SAMPLER", "HISTORY", "HISTORY_LENGTH", "CANCEL"),

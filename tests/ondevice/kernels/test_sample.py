@@ -13,7 +13,7 @@ from tests.ondevice.kernels.harness import peaks_of, record, step_record
 POSITION = 10
 LENGTH = 70  # of the history: more than the penalty looks back
 MASK = 2**64 - 1
-PIECE = 48  # logits that have a peak
+PIECE = 16  # logits that have a peak
 
 
 @dataclass(frozen=True)
