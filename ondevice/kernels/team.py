@@ -7,12 +7,13 @@ waits in Python, where Ctrl-C reaches it. Pipes are what every platform has; the
 called by address.
 
 A program is a list of operations in groups, and a group is a queue of tasks. The *ticket* holds the
-number of the current group's turn and its next task; a thread takes a task by raising it, and the
-thread that finishes a group's last task opens the next group. So nobody waits for a thread, only
-for work that a thread has begun: one that the operating system keeps from running is simply not
-there, and on fast and slow cores each does what it can. Who finds no task spins a while and then
-sleeps in short naps, which leaves its core to a worker that has one where yielding would only run
-whatever else is there.
+number of the current group's turn and its next task; a thread takes a task by raising it, or of
+small ones, those of single tokens, a handful that becomes less as fewer are left. The thread that
+finishes a group's last task opens the next group. So nobody waits for a thread, only for work that
+a thread has begun: one that the operating system keeps from running is simply not there, and on
+fast and slow cores each does what it can. Who finds no task spins a while and then sleeps in short
+naps, which leaves its core to a worker that has one where yielding would only run whatever else is
+there.
 """
 
 import contextlib
@@ -67,13 +68,14 @@ from quant.jit import Compiled, inner
 CONTROL_WORDS = 256
 TICKET, DONE, GROUP, LEFT = 0, 16, 32, 48  # on cache lines of their own
 FINISHED = LEFT + 1  # number of the last job that all workers have left
-NEXT, TOTALS = GROUP + 1, GROUP + 2  # totals: of even turns, of odd ones
+NEXT, TOTALS, HANDFULS = GROUP + 1, GROUP + 2, GROUP + 4  # the last two: of even and of odd turns
 JOB, PROGRAM, OPERATIONS, STEP, MEMBERS, PROFILE = range(50, 56)
 WORK_INPUT, WORK_OUTPUT, DONE_INPUT, READ, WRITE, NAP, CLOCK = range(56, 63)
 BYTES = 64  # what goes through the pipes, one word per thread from here on
 TURN, TASK = 32, (1 << 32) - 1  # a ticket is turn << 32 | task
 ENDED = 1 << 30  # the turn after the last
 SPINS = 1000
+HANDFULS_PER_THREAD = 4
 NAP_LENGTH = 20 if sys.platform != "win32" else 0  # microseconds; milliseconds on Windows
 SPACE = 128  # two words per thread, for the clock
 MOST_THREADS = SPACE - BYTES
@@ -119,15 +121,20 @@ def last_of_chain(control, index):
 @inner
 def open_group(control, first, turn):
     """Offer the tasks of the group that begins with operation `first`."""
-    step, total, index = word(control, STEP), 0, first
+    step, total, index, small = word(control, STEP), 0, first, 1
     while True:
-        total += task_count(operation_at(control, index), step)
+        operation = operation_at(control, index)
+        total += task_count(operation, step)
+        if word(operation, PER_TOKEN) == 0 or word(operation, TIMES) != 0:
+            small = 0
         index = last_of_chain(control, index)
         if word(operation_at(control, index), THEN) == BARRIER:
             break
         index += 1
     store_i64(control + WORD * GROUP, first)
     store_i64(control + WORD * (TOTALS + turn % 2), total)
+    handfuls = HANDFULS_PER_THREAD * word(control, MEMBERS) if small != 0 else 0
+    store_i64(control + WORD * (HANDFULS + turn % 2), handfuls)
     store_i64(control + WORD * NEXT, index + 1)
     store_i64(control + WORD * DONE, 0)
     atomic_store(control + WORD * TICKET, turn << TURN)
@@ -205,16 +212,20 @@ def work(control, scratch, profile, space):
                 pause()
             else:
                 call_nap(word(control, NAP), (NAP_LENGTH,))
-        elif atomic_exchange(control + WORD * TICKET, ticket, ticket + 1):
+            continue
+        handfuls = word(control, HANDFULS + turn % 2)
+        taken = 1 if handfuls == 0 else max(1, (total - task) // handfuls)
+        if atomic_exchange(control + WORD * TICKET, ticket, ticket + taken):
             spins = 0
-            if profile != 0:
-                begun = nanoseconds(control, space)
-            index = perform(control, task, scratch)
-            if profile != 0:
-                note_time(profile, 2 * index + 1, begun - before)
-                before = nanoseconds(control, space)
-                note_time(profile, 2 * index, before - begun)
-            if atomic_add(control + WORD * DONE, 1) + 1 == total:
+            for mine in range(task, task + taken):
+                if profile != 0:
+                    begun = nanoseconds(control, space)
+                index = perform(control, mine, scratch)
+                if profile != 0:
+                    note_time(profile, 2 * index + 1, begun - before)
+                    before = nanoseconds(control, space)
+                    note_time(profile, 2 * index, before - begun)
+            if atomic_add(control + WORD * DONE, taken) + taken == total:
                 go_on(control, turn)
 
 

@@ -14,7 +14,18 @@ STEP = (
     *("ABORT", "OUTCOME"),
 )
 CONTROL = (
-    *("TICKET", "DONE", "GROUP", "NEXT", "TOTALS", "LEFT", "FINISHED", "JOB", "PROGRAM"),
+    *(
+        "TICKET",
+        "DONE",
+        "GROUP",
+        "NEXT",
+        "TOTALS",
+        "HANDFULS",
+        "LEFT",
+        "FINISHED",
+        "JOB",
+        "PROGRAM",
+    ),
     *("OPERATIONS", "STEP", "MEMBERS", "PROFILE", "WORK_INPUT", "WORK_OUTPUT", "DONE_INPUT"),
     *("READ", "WRITE", "NAP", "CLOCK", "BYTES", "SPACE"),
 )

@@ -125,6 +125,21 @@ def test_tasks_are_counted_by_tokens_and_by_a_number_in_memory(team: Team) -> No
     assert done.tolist() == [1] * 60 + [0] * 20
 
 
+@pytest.mark.parametrize("count", [1, 2, 23, 24, 25, 1000])
+def test_small_tasks_taken_by_the_handful_are_done_once(team: Team, count: int) -> None:
+    """Those of single tokens; beside others every task is taken alone."""
+    done, beside, other = np.zeros(3 * count, np.int64), np.zeros(count, np.int64), np.zeros(1)
+    records = program(
+        record(take, done, tasks=3, per_token=True),
+        record(take, beside, per_token=True, then=BESIDE),
+        record(take, other.view(np.int64)),
+    )
+    for times in range(1, 21):
+        team.run(records, step_record(count=count))
+        assert (done == times).all() and (beside == times).all()
+    assert other.view(np.int64)[0] == 20
+
+
 def test_nothing_begins_before_a_barrier() -> None:
     """Many threads and short tasks: whoever comes late must find the group that is open now."""
     team = Team(8)
