@@ -15,11 +15,14 @@ from ondevice.kernels.simd import (
     load_f16,
     load_f32,
     load_halves,
+    prefetch,
     store_f32,
 )
 from ondevice.kernels.tiles import add_products, store_folded, tile1, tile4, zero_floats
 from quant.jit import inner
 
+AHEAD = 4096
+"""Bytes between what rows read and what they ask of memory: little is computed with them."""
 F32, F16, BF16 = Layout("F32"), Layout("F16"), Layout("BF16")
 
 
@@ -68,12 +71,23 @@ def single_bf16(layout, address):
 
 
 @inner
-def four_rows(layout, size, tile, w, row_bytes, columns, records, results):
-    """Four rows times the tile's tokens; size is the bytes of a weight."""
+def four_rows(layout, size, tile, w, row_bytes, columns, records, results, fetch):
+    """Four rows times the tile's tokens; size is the bytes of a weight.
+
+    With `fetch`, memory is asked for what is AHEAD, at the end of the rows for the next four.
+    """
     totals0, totals1 = zero_floats(tile), zero_floats(tile)
     totals2, totals3 = zero_floats(tile), zero_floats(tile)
     w1, w2, w3 = w + row_bytes, w + 2 * row_bytes, w + 3 * row_bytes
     for c in range(0, columns // 16 * 16, 16):
+        later = size * c + AHEAD
+        if later >= row_bytes:
+            later += 3 * row_bytes
+        if fetch:
+            prefetch(w + later)
+            prefetch(w1 + later)
+            prefetch(w2 + later)
+            prefetch(w3 + later)
         totals0 = add_products(totals0, sixteen(layout, w + size * c), records, 4 * c)
         totals1 = add_products(totals1, sixteen(layout, w1 + size * c), records, 4 * c)
         totals2 = add_products(totals2, sixteen(layout, w2 + size * c), records, 4 * c)
@@ -103,13 +117,16 @@ def add_rest(layout, size, w, columns, record, result):
 
 
 @inner
-def all_rows(layout, size, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t):
+def all_rows(
+    layout, size, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, fetch
+):
     """All rows times the tile's tokens, from token t on."""
     records = rows_at(tile, a, a_bytes, i, t, t + 8)
     r = 0
     while r + 4 <= rows:
         results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
-        four_rows(layout, size, tile, w + r * row_bytes, row_bytes, columns, records, results)
+        row = w + r * row_bytes
+        four_rows(layout, size, tile, row, row_bytes, columns, records, results, fetch)
         r += 4
     while r < rows:
         results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
@@ -124,13 +141,15 @@ def multiply(layout, size, w, row_bytes, rows, columns, a, a_bytes, i, out, o_by
     if FOUR:
         while t + 4 <= tokens:
             all_rows(
-                layout, size, tile4, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
-            )
+                layout, size, tile4, w, row_bytes, rows, columns, a, a_bytes, i,
+                out, o_bytes, o, t, False,
+            )  # fmt: skip
             t += 4
     while t < tokens:
         all_rows(
-            layout, size, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
-        )
+            layout, size, tile1, w, row_bytes, rows, columns, a, a_bytes, i,
+            out, o_bytes, o, t, t == 0,
+        )  # fmt: skip
         t += 1
     if columns % 16 != 0:
         for t in range(tokens):
