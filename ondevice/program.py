@@ -46,7 +46,7 @@ FEWEST_PANELS, MOST_PANELS = 3, 15
 TASKS_PER_THREAD = 24
 """Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
 SHARES_PER_THREAD = 8
-"""As many where tasks are short because there is little to do, or because tokens are few."""
+"""As many of an operation on many small things, which no task should have only a few of."""
 PARTS_PER_THREAD = 4
 """A run of rows is one of so many parts for each thread of what is left: some may be slow."""
 SHORTEST_RUN = 128 << 10

@@ -13,7 +13,6 @@ class Logits:
     """Where a program writes logits and peaks, a row for each token."""
 
     rows: Buffer
-    vocabulary: int
     peaks: Buffer
     piece: int
     """Logits that a peak stands for."""
@@ -32,4 +31,4 @@ def logits(program: Program, matrix: Matrix, h: Activation, name: str) -> Logits
         tasks=split.tasks,
         few=split.few,
     )
-    return Logits(rows, matrix.rows, noted, piece)
+    return Logits(rows, noted, piece)
