@@ -25,6 +25,9 @@ from ondevice.weights import Weights
 
 HEAD_ROWS = 16
 """Rows that the output head computes at a time."""
+SCRATCH_STEP = 512 << 10
+"""Scratch of a thread takes multiples of so many bytes: what a processor reads ahead of one
+thread's should not be what another one writes."""
 
 
 class Forward:
@@ -84,8 +87,8 @@ class Forward:
         head.add(sample.sample, self._logits.peaks.address, self._logits.piece)
         self.decode: Operations = self.prefill + self.head + head.take()
         most = max(program.scratch_bytes for program in self._programs)
-        self.scratch_bytes = -(-most // 64) * 64
-        """Bytes that each thread needs beside the buffers."""
+        self.scratch_bytes = -(-most // SCRATCH_STEP) * SCRATCH_STEP
+        """Bytes that each thread has beside the buffers."""
         self.stage_bytes = trunk.stage_bytes
         self.threads = threads
         self.batch = batch

@@ -16,6 +16,7 @@ import re
 import stat
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,16 @@ class GGUFFile:
         """
         for identity in self._identities:
             identity.check()
+
+    def want_large_pages(self) -> None:
+        """Have what is not in memory yet come in large pages where the system has them for files.
+
+        Linux then reads 2 MB at a time, so this is for files that will be in memory as a whole.
+        """
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            for mapped in self._maps:
+                with suppress(OSError):  # a kernel without them
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
 
     def fingerprint(self) -> str:
         """Tells this model from others wherever it lies: a hash of its headers and some weights."""

@@ -26,7 +26,7 @@ from ondevice.kernels.store import read
 from ondevice.kernels.team import Team, begin, serve
 from ondevice.pace import Pace
 from ondevice.planning import Options, earlier_use, planned
-from ondevice.program import Operations, zeros
+from ondevice.program import HUGE_PAGES, Operations, zeros
 from ondevice.prompt_cache import PromptCache, reading
 from ondevice.sampling import Sampling
 from ondevice.snapshots import LEAST_MEMORY, Snapshots
@@ -81,12 +81,14 @@ class Model:
                 self._pool.open()
                 weights = Weights(self._file, self.config, self._pool.read_tensor)
                 functions.append(read)
+            else:
+                self._file.want_large_pages()
             forward = Forward(
                 self.config, weights, found.threads, kv, mtp, self._pool, self.batch,
                 found.stage_bytes,
             )  # fmt: skip
             self.ahead, self._forward = forward.ahead, forward
-            self._scratch = zeros(found.threads * forward.scratch_bytes)
+            self._scratch = zeros(max(HUGE_PAGES, found.threads * forward.scratch_bytes))
             compilation = Compilation([*functions, *forward.kernels], progress)
             self.compile_seconds = time.perf_counter() - building
             with compilation:
