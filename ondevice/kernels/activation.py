@@ -28,7 +28,9 @@ from ondevice.kernels.simd import (
     maximum,
     minimum,
     nearest,
+    nearest_integers,
     power_of_two,
+    scale_by_power,
     splat,
     store_bytes,
     store_f32,
@@ -71,8 +73,8 @@ def quantize_group(x, size, codes):
     if inverse > np.float32(3.0e38):  # a subnormal maximum: its inverse overflows
         inverse = np.float32(0)
     for i in range(0, size, 16):
-        rounded = nearest(load(f32x16, x + 4 * i) * splat(f32x16, inverse))
-        store_bytes(codes + i, convert(i32x16, rounded))
+        scaled = load(f32x16, x + 4 * i) * splat(f32x16, inverse)
+        store_bytes(codes + i, nearest_integers(scaled))
     return top / np.float32(127)
 
 
@@ -152,15 +154,14 @@ def exponential_2(x):
     x = maximum(splat(f32x16, np.float32(-126.0)), x)
     n = nearest(x)
     r = x - n
-    # (ln 2) ** k / k!
-    p = splat(f32x16, np.float32(1.5403530e-4))
-    p = fma(p, r, splat(f32x16, np.float32(1.3333558e-3)))
-    p = fma(p, r, splat(f32x16, np.float32(9.6181291e-3)))
-    p = fma(p, r, splat(f32x16, np.float32(5.5504109e-2)))
-    p = fma(p, r, splat(f32x16, np.float32(2.4022651e-1)))
-    p = fma(p, r, splat(f32x16, np.float32(6.9314718e-1)))
+    # of all polynomials of this degree that are 1 at 0 the one that is nearest for -1/2 .. 1/2
+    p = splat(f32x16, np.float32(1.3264727e-3))
+    p = fma(p, r, splat(f32x16, np.float32(9.671513e-3)))
+    p = fma(p, r, splat(f32x16, np.float32(5.5507336e-2)))
+    p = fma(p, r, splat(f32x16, np.float32(2.4022242e-1)))
+    p = fma(p, r, splat(f32x16, np.float32(6.93147e-1)))
     p = fma(p, r, splat(f32x16, np.float32(1.0)))
-    return p * power_of_two(convert(i32x16, n))
+    return scale_by_power(p, n)
 
 
 @inner

@@ -26,25 +26,23 @@ from ondevice.kernels.dot.tile import ByLayout, ask
 from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
 from ondevice.kernels.simd import (
     absolute,
-    convert,
     f32x16,
     first_lanes,
     fma,
-    i32x16,
     lane_maximum,
     lane_sum,
     load,
     load_f32,
     load_some,
     maximum,
-    nearest,
+    nearest_integers,
     splat,
     store,
     zero,
 )
 from quant.jit import inner
 
-TILE = 64
+TILE = 128
 GROUP = 16  # positions whose keys lie side by side
 BLOCK = 8  # most tokens that go over a tile together
 PARTS = 16  # most chunks of a token
@@ -126,7 +124,7 @@ def inverse_of(scale):
 @inner
 def codes_of(x, c, size, inverse):
     """The codes of 16 dimensions as i32x16."""
-    return convert(i32x16, nearest(load_some(x + 4 * c, size - c) * inverse))
+    return nearest_integers(load_some(x + 4 * c, size - c) * inverse)
 
 
 @inner
@@ -244,7 +242,7 @@ def share_out(kind, rows, width, count, tile, scale):
     for r in range(ROWS):
         row, inverse = shares + 4 * TILE * r, load_f32(parts + 4 * r)
         for p in range(0, TILE, 16):
-            codes = convert(i32x16, nearest(load(f32x16, row + 4 * p) * inverse))
+            codes = nearest_integers(load(f32x16, row + 4 * p) * inverse)
             store_shares(kind, row, p, codes)
 
 

@@ -1,9 +1,9 @@
 """Keys and values in 16 bits a number, no less accurate than half floats.
 
-    keys     (4 groups, width / 2, 16 positions, 2 dimensions) i16
-    scales   (64 positions) f32                                  of a key
-    values   (width / 16, 32, 16 dimensions, 2 positions) i16, zero beyond the head's size
-    scales   (64 positions) f32                                  of a value
+    keys     (8 groups, width / 2, 16 positions, 2 dimensions) i16
+    scales   (128 positions) f32                                  of a key
+    values   (width / 16, 64, 16 dimensions, 2 positions) i16, zero beyond the head's size
+    scales   (128 positions) f32                                  of a value
 
 Sums are int32 and never overflow. By the inequality of Cauchy and Schwarz, every sum of some
 products of a query's and a key's codes is at most the product of their lengths, so a key's scale

@@ -1,9 +1,9 @@
 """Keys and values in bytes.
 
-    keys     (4 groups, width / 4, 16 positions, 4 dimensions) i8
-    scales   (4 groups, width / 32, 16 positions) f16             of 32 dimensions of a key
-    values   (width / 16, 16, 16 dimensions, 4 positions) i8, zero beyond the head's size
-    scales   (64 positions) f16                                   of a value
+    keys     (8 groups, width / 4, 16 positions, 4 dimensions) i8
+    scales   (8 groups, width / 32, 16 positions) f16             of 32 dimensions of a key
+    values   (width / 16, 32, 16 dimensions, 4 positions) i8, zero beyond the head's size
+    scales   (128 positions) f16                                   of a value
 
 A scale is the greatest magnitude / 127; shares are whole numbers up to SHARES.
 """

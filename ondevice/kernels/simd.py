@@ -792,16 +792,46 @@ def first_lanes(typing: Any, value: Any, count: Any, rest: Any) -> Any:
     return value(value, types.intp, value.element), lower
 
 
+def _power_of_two(builder: ir.IRBuilder, exponent: ir.Value) -> ir.Value:
+    biased = builder.add(exponent, broadcast(builder, constant(I32, 127), 16))
+    bits = builder.shl(biased, broadcast(builder, constant(I32, 23), 16))
+    return builder.bitcast(bits, llvm_type(f32x16))
+
+
 @intrinsic
 def power_of_two(typing: Any, exponent: Any) -> Any:
     """2 ** exponent for an i32x16 of exponents in -126 .. 127, as f32x16."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        biased = builder.add(args[0], broadcast(builder, constant(I32, 127), 16))
-        bits = builder.shl(biased, broadcast(builder, constant(I32, 23), 16))
-        return builder.bitcast(bits, llvm_type(f32x16))
+        return _power_of_two(builder, args[0])
 
     return f32x16(i32x16), lower
+
+
+@intrinsic
+def scale_by_power(typing: Any, value: Any, exponent: Any) -> Any:
+    """value * 2 ** exponent; both are f32x16, exponents whole numbers in -126 .. 127."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if "avx512f" in FEATURES:
+            # value, exponent, what masked lanes get, mask, rounding as usual
+            operands = [*args, args[0], constant(ir.IntType(16), -1), constant(I32, 4)]
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return call(builder, name, llvm_type(f32x16), operands)
+        whole = builder.fptosi(args[1], llvm_type(i32x16))
+        return builder.fmul(args[0], _power_of_two(builder, whole))
+
+    return f32x16(f32x16, f32x16), lower
+
+
+@intrinsic
+def nearest_integers(typing: Any, value: Any) -> Any:
+    """The nearest whole numbers, to even, of an f32x16, as i32x16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call(builder, "llvm.lrint.v16i32.v16f32", llvm_type(i32x16), args)
+
+    return i32x16(f32x16), lower
 
 
 # ---- threads ----

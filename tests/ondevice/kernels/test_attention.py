@@ -19,7 +19,8 @@ from tests.ondevice.kernels.harness import (
 )
 
 EPSILON = 1e-6
-CONTEXT = 3 * cache.TILE
+TILE = 128
+CONTEXT = 3 * TILE
 LAYER = 1  # of two: the other one's cache must stay as it is
 HALF_ROUNDING = 2.0**-11  # of a float16
 WORD_LENGTH, WORD_VALUES, WORD_SHARES, WORD_MOST = 46000, 8191, 262000, 32767
@@ -40,10 +41,10 @@ def parts(tiles: Array, *lengths: int) -> list[Array]:
 def words(tiles: Array, width: int) -> tuple[Array, Array]:
     """Keys and values (kv heads, context, width) of tiles of 16-bit numbers."""
     heads, count, _ = tiles.shape
-    keys, key_scales, values, value_scales = parts(tiles, 128 * width, 256, 128 * width, 256)
-    keys = keys.view(np.int16).reshape(heads, count, 4, width // 2, 16, 2)
+    keys, key_scales, values, value_scales = parts(tiles, *[2 * TILE * width, 4 * TILE] * 2)
+    keys = keys.view(np.int16).reshape(heads, count, TILE // 16, width // 2, 16, 2)
     keys = keys.transpose(0, 1, 2, 4, 3, 5).reshape(heads, -1, width)
-    values = values.view(np.int16).reshape(heads, count, width // 16, 32, 16, 2)
+    values = values.view(np.int16).reshape(heads, count, width // 16, TILE // 2, 16, 2)
     values = values.transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, width)
     scales = (x.view(np.float32).reshape(heads, -1, 1) for x in (key_scales, value_scales))
     return tuple(x * scale.astype(float) for x, scale in zip((keys, values), scales, strict=True))
@@ -52,13 +53,13 @@ def words(tiles: Array, width: int) -> tuple[Array, Array]:
 def codes(tiles: Array, width: int) -> tuple[Array, Array]:
     """Keys and values (kv heads, context, width) of tiles of bytes."""
     heads, count, _ = tiles.shape
-    lengths = (64 * width, 4 * width, 64 * width, 128)
+    lengths = (TILE * width, TILE // 16 * width, TILE * width, 2 * TILE)
     keys, key_scales, values, value_scales = parts(tiles, *lengths)
-    keys = keys.view(np.int8).reshape(heads, count, 4, width // 4, 16, 4)
+    keys = keys.view(np.int8).reshape(heads, count, TILE // 16, width // 4, 16, 4)
     keys = keys.transpose(0, 1, 2, 4, 3, 5).reshape(heads, -1, width // 32, 32)
-    key_scales = key_scales.view(np.float16).reshape(heads, count, 4, width // 32, 16)
+    key_scales = key_scales.view(np.float16).reshape(heads, count, TILE // 16, width // 32, 16)
     key_scales = key_scales.transpose(0, 1, 2, 4, 3).reshape(heads, -1, width // 32, 1)
-    values = values.view(np.int8).reshape(heads, count, width // 16, 16, 16, 4)
+    values = values.view(np.int8).reshape(heads, count, width // 16, TILE // 4, 16, 4)
     values = values.transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, width)
     value_scales = value_scales.view(np.float16).reshape(heads, -1, 1)
     keys = (keys * key_scales.astype(float)).reshape(heads, -1, width)
@@ -133,7 +134,7 @@ class Case:
     def cached(self) -> tuple[Array, Array]:
         """Keys and values (kv heads, context, width) float64, as documented."""
         own = self.cache[LAYER * self.layer_bytes :][: self.layer_bytes]
-        own = own.reshape(self.kv_heads, self.context // cache.TILE, -1)
+        own = own.reshape(self.kv_heads, self.context // TILE, -1)
         with np.errstate(invalid="ignore"):
             return words(own, self.width) if self.kind == "i16" else codes(own, self.width)
 
@@ -224,7 +225,7 @@ KINDS = pytest.mark.parametrize("kind", ["i16", "q8_0"])
 
 @KINDS
 @SHAPES
-@pytest.mark.parametrize("tokens", [1, 2, 63, 65, 131, 192])
+@pytest.mark.parametrize("tokens", [1, 2, TILE - 1, TILE + 1, 2 * TILE + 3, 3 * TILE])
 def test_attention(
     heads: int, kv_heads: int, size: int, pairs: int, tokens: int, kind: str
 ) -> None:
@@ -254,10 +255,10 @@ def test_attention(
 @KINDS
 @SHAPES
 def test_batches_change_no_bit(heads: int, kv_heads: int, size: int, pairs: int, kind: str) -> None:
-    tokens = 131
+    tokens = 2 * TILE + 3
     case = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
     whole, memory = case.run(0, tokens), case.cache.tolist()
-    for ends in (range(tokens + 1), [0, 1, 63, 64, 66, 128, 129, tokens]):
+    for ends in (range(tokens + 1), [0, 1, TILE - 1, TILE, TILE + 2, 2 * TILE, 2 * TILE + 1, tokens]):
         other = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
         outputs = [other.run(a, b, threads=1 + b % 3) for a, b in itertools.pairwise(ends)]
         assert bits(np.concatenate(outputs)) == bits(whole)
@@ -268,7 +269,7 @@ def test_batches_change_no_bit(heads: int, kv_heads: int, size: int, pairs: int,
 def test_chunks(kind: str) -> None:
     """Several chunks, whose length changes at 4096 positions in the middle of a batch."""
     tokens = cache.SHORTEST * cache.PARTS + 40
-    case = Case(3, 1, 24, 2, tokens, context=tokens // 64 * 64 + 64, kind=kind)
+    case = Case(3, 1, 24, 2, tokens, context=tokens // TILE * TILE + TILE, kind=kind)
     whole = case.run(0, tokens)
     some = [0, 255, 256, 257, 1000, 2047, 2048, 4094, 4095, 4096, 4097, tokens - 1]
     exact, error = case.exact()
@@ -292,9 +293,9 @@ def test_what_a_later_position_left_behind_does_not_matter(kind: str) -> None:
 
 def test_scores_far_apart() -> None:
     """Large queries choose one position each; nothing overflows."""
-    case = Case(2, 1, 16, 0, 130)
+    case = Case(2, 1, 16, 0, 2 * TILE + 2)
     case.q_norm *= np.float32(1e4)
-    out = case.run(0, 130)
+    out = case.run(0, case.tokens)
     assert np.isfinite(out).all()
     # differences of scores near 1e4 are known to about 1e-3 only
     close = np.isclose(out, case.exact()[0], rtol=1e-2, atol=1e-2)
@@ -302,11 +303,12 @@ def test_scores_far_apart() -> None:
 
 
 def test_sizes() -> None:
+    assert cache.TILE == TILE
     assert [cache.head_width(size) for size in (1, 32, 33, 256)] == [32, 32, 64, 256]
-    assert cache_i16.tile_bytes(None, 256) == 64 * 2 * (256 * 2 + 4)
-    assert cache_q8_0.tile_bytes(None, 256) == 64 * (256 + 8 * 2 + 256 + 2)
-    assert attention.CACHES["i16"].bytes(2, 256, 64) == 2 * 2 * 64 * (256 * 2 + 4)
-    assert attention.CACHES["q8_0"].bytes(2, 256, 64) == 2 * 64 * (256 + 8 * 2 + 256 + 2)
+    assert cache_i16.tile_bytes(None, 256) == TILE * 2 * (256 * 2 + 4)
+    assert cache_q8_0.tile_bytes(None, 256) == TILE * (256 + 8 * 2 + 256 + 2)
+    assert attention.CACHES["i16"].bytes(2, 256, TILE) == 2 * 2 * TILE * (256 * 2 + 4)
+    assert attention.CACHES["q8_0"].bytes(2, 256, TILE) == 2 * TILE * (256 + 8 * 2 + 256 + 2)
 
 
 def test_rotations_of_late_positions() -> None:
@@ -322,7 +324,7 @@ def test_rotations_of_late_positions() -> None:
 
 def extreme(kind: str) -> Case:
     """Codes of nothing but +-127, in runs: what a narrow sum would not hold."""
-    case = Case(16, 2, 64, 0, 70, kind=kind)
+    case = Case(16, 2, 64, 0, TILE + 6, kind=kind)
     case.q_norm[:] = case.k_norm[:] = 1
     case.q = np.sign(case.q).repeat(4, axis=1)[:, : case.q.shape[1]]
     case.k = np.sign(case.k).repeat(4, axis=1)[:, : case.k.shape[1]]
