@@ -258,7 +258,8 @@ def test_batches_change_no_bit(heads: int, kv_heads: int, size: int, pairs: int,
     tokens = 2 * TILE + 3
     case = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
     whole, memory = case.run(0, tokens), case.cache.tolist()
-    for ends in (range(tokens + 1), [0, 1, TILE - 1, TILE, TILE + 2, 2 * TILE, 2 * TILE + 1, tokens]):
+    some = [0, 1, TILE - 1, TILE, TILE + 2, 2 * TILE, 2 * TILE + 1, tokens]
+    for ends in (range(tokens + 1), some):
         other = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
         outputs = [other.run(a, b, threads=1 + b % 3) for a, b in itertools.pairwise(ends)]
         assert bits(np.concatenate(outputs)) == bits(whole)
