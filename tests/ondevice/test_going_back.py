@@ -485,7 +485,7 @@ def test_another_version(saved: Path, small: Model) -> None:
     raw = bytearray(saved.read_bytes())
     raw[8] = 1
     saved.write_bytes(raw)
-    assert_refused(small, saved, "has version 1 of the format; this program reads version 2")
+    assert_refused(small, saved, "has version 1 of the format; this program reads version 3")
 
 
 def test_another_model(saved: Path, small: Model, demo: Model) -> None:
