@@ -75,8 +75,8 @@ from ondevice.kernels.tiles import (
     spread,
     steps,
     store_floats,
-    wide_dot,
     wide_dot_bytes,
+    wide_dot_in_order,
     wide_dots_32,
     zero_dots,
     zero_floats,
@@ -92,7 +92,7 @@ Q8_0, IQ4_NL = Layout("Q8_0"), Layout("IQ4_NL")
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 BIAS = np.uint8(128 if BIASED else 0)
 BIAS_FACTOR = 16 if BIASED else 0
-STEPS_SMALL, STEPS_FULL = steps(31, 8), steps(128, 8)
+STEPS_4, STEPS_5, STEPS_FULL = steps(15, 8), steps(31, 8), steps(128, 8)
 """Five bits at most; MXFP4's table holds up to 28."""
 
 first_half, second_half = half_in_each(0), half_in_each(2)
@@ -405,37 +405,37 @@ def unpack_blocks(layout, block_bytes, w, row_bytes, columns, panel):
 
 
 @inner
-def small_dots(tile, sums, codes, rows, at):
-    """sums + a block of small codes."""
+def small_dots(tile, count, sums, codes, rows, at):
+    """sums + a block of small codes, of which `count` steps are added up at a time."""
     if IN_ONE:
         return add_multiple(sums, wide_dots_32(tile, codes, rows, at), 1)
-    for first in range(0, 8, STEPS_SMALL):
+    for first in range(0, 8, count):
         dots = begin_dots(sums)
-        for i in range(STEPS_SMALL):
+        for i in range(count):
             k = first + i
-            dots = wide_dot(dots, load(u8x64, codes + 64 * k), rows, at + 4 * k)
+            dots = wide_dot_in_order(dots, load(u8x64, codes + 64 * k), rows, at + 4 * k)
         sums = end_dots(sums, dots)
     return sums
 
 
 @inner
-def small_panel(factor, tile, panel, rows, columns, start, size, totals):
+def small_panel(factor, count, tile, panel, rows, columns, start, size, totals):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
         b = start // BLOCK + i
         sums = spread(tile, rows, sums_at(columns, b), factor)
-        sums = small_dots(tile, sums, panel + 512 * i, rows, BLOCK * b)
+        sums = small_dots(tile, count, sums, panel + 512 * i, rows, BLOCK * b)
         d = load(f32x16, panel + D + 64 * i)
         total = add_scaled(total, sums, d, rows, scale_at(columns, b))
     store_floats(totals, total)
 
 
 @inner
-def panel_with_min(tile, panel, rows, columns, start, size, totals):
+def panel_with_min(count, tile, panel, rows, columns, start, size, totals):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
         b = start // BLOCK + i
-        sums = small_dots(tile, zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
+        sums = small_dots(tile, count, zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
         below = spread(tile, rows, sums_at(columns, b), 1)
         d, m = load(f32x16, panel + D + 64 * i), load(f32x16, panel + M + 64 * i)
         total = add_scaled(total, sums, d, rows, scale_at(columns, b))
@@ -481,7 +481,7 @@ def q4_0_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(Q4_0)
 def q4_0_panel(layout, tile, panel, rows, columns, start, size, totals):
-    small_panel(1, tile, panel, rows, columns, start, size, totals)
+    small_panel(1, STEPS_4, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
@@ -501,7 +501,7 @@ def q4_1_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(Q4_1)
 def q4_1_panel(layout, tile, panel, rows, columns, start, size, totals):
-    panel_with_min(tile, panel, rows, columns, start, size, totals)
+    panel_with_min(STEPS_4, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
@@ -521,7 +521,7 @@ def q5_0_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(Q5_0)
 def q5_0_panel(layout, tile, panel, rows, columns, start, size, totals):
-    small_panel(2, tile, panel, rows, columns, start, size, totals)
+    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
@@ -541,7 +541,7 @@ def q5_1_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(Q5_1)
 def q5_1_panel(layout, tile, panel, rows, columns, start, size, totals):
-    panel_with_min(tile, panel, rows, columns, start, size, totals)
+    panel_with_min(STEPS_5, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel
@@ -561,7 +561,7 @@ def mxfp4_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(MXFP4)
 def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals):
-    small_panel(2, tile, panel, rows, columns, start, size, totals)
+    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals)
 
 
 @row_kernel

@@ -84,6 +84,7 @@ from ondevice.kernels.tiles import (
     turn_quads,
     wide_dot,
     wide_dot_bytes,
+    wide_dot_in_order,
     wide_dot_words,
     wide_dots_16,
     wide_dots_32,
@@ -578,7 +579,7 @@ def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals)
             dots = zero_dots(tile)
             for i in range(STEPS_6):
                 k = 4 * j + first + i
-                dots = wide_dot(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
+                dots = wide_dot_in_order(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
     at = sums_of_16_at(columns) + start // 8
     for j in range(8):
