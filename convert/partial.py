@@ -85,7 +85,7 @@ def partial_file(path: Path, needed: int) -> Iterator[IO[bytes]]:
         with _open_alone(partial, path) as file:
             try:
                 file.truncate(0)
-                file.seek(0)
+                file.seek(0)  # from behind what a killed run left
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

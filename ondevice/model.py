@@ -88,6 +88,7 @@ class Model:
                 found.stage_bytes,
             )  # fmt: skip
             self.ahead, self._forward = forward.ahead, forward
+            # in a large page, of which only what is used takes memory
             self._scratch = zeros(max(HUGE_PAGES, found.threads * forward.scratch_bytes))
             compilation = Compilation([*functions, *forward.kernels], progress)
             self.compile_seconds = time.perf_counter() - building

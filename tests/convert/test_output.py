@@ -1,6 +1,8 @@
 """The output file: only ever complete, never one of the inputs, and gone after any failure."""
 
 import errno
+import io
+import itertools
 import shutil
 import threading
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import convert.partial
@@ -117,6 +120,26 @@ def test_a_killed_run_leaves_nothing_in_the_way(pristine: Path, tmp_path: Path) 
     run(pristine, tmp_path / "out.gguf", "BF16")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "first.gguf").read_bytes()
     assert not (tmp_path / "out.gguf.partial").exists()
+
+
+def test_whole_blocks_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the bytes come: writes begin and end at multiples of a block, but for the last."""
+    block, sizes = convert.partial.BLOCK, []
+
+    class Noting(io.FileIO):
+        def write(self, data: Any) -> int:
+            sizes.append(memoryview(data).nbytes)
+            return super().write(data)
+
+    monkeypatch.setattr(io, "FileIO", Noting)
+    data = np.random.default_rng(0).bytes(3 * block + 1000)
+    cuts = [0, 5, 5, block - 1, block + 7, 3 * block + 1, len(data)]
+    with convert.partial.partial_file(tmp_path / "out", len(data)) as file:
+        for begin, end in itertools.pairwise(cuts):
+            assert file.write(data[begin:end]) == end - begin
+        assert file.tell() == len(data)
+    assert sizes == [block, block, block, 1000]
+    assert (tmp_path / "out").read_bytes() == data
 
 
 @pytest.mark.skipif(not convert.partial.LOCKS, reason="no file locks on this system")
