@@ -96,6 +96,10 @@ def steps(greatest: int, wanted: int) -> int:
     return min(wanted, max(1, 32767 // (2 * 127 * greatest))) if PAIRED else wanted
 
 
+STEPS_4, STEPS_5, STEPS_6, STEPS_FULL = steps(15, 8), steps(31, 8), steps(63, 4), steps(128, 8)
+"""Of codes of so many bits, and of full bytes, in what shares a scale."""
+
+
 def _floats(tile: Tile) -> Tile:
     return Tile(f32x16, tile.count)
 

@@ -57,6 +57,9 @@ from ondevice.kernels.tiles import (
     BIASED,
     BY_FOURS,
     IN_ONE,
+    STEPS_4,
+    STEPS_5,
+    STEPS_FULL,
     WOVEN,
     add_by_quarter,
     add_in_turn,
@@ -73,7 +76,6 @@ from ondevice.kernels.tiles import (
     quad_dot,
     quad_dot_bytes,
     spread,
-    steps,
     store_floats,
     wide_dot_bytes,
     wide_dot_in_order,
@@ -92,8 +94,6 @@ Q8_0, IQ4_NL = Layout("Q8_0"), Layout("IQ4_NL")
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 BIAS = np.uint8(128 if BIASED else 0)
 BIAS_FACTOR = 16 if BIASED else 0
-STEPS_4, STEPS_5, STEPS_FULL = steps(15, 8), steps(31, 8), steps(128, 8)
-"""Five bits at most; MXFP4's table holds up to 28."""
 
 first_half, second_half = half_in_each(0), half_in_each(2)
 MINUS_EIGHTH = np.float32(-0.125)
@@ -561,6 +561,7 @@ def mxfp4_unpack(layout, w, row_bytes, columns, panel):
 
 @panels.register(MXFP4)
 def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals):
+    # the table holds up to 28: five bits
     small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals)
 
 

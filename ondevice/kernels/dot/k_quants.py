@@ -61,6 +61,10 @@ from ondevice.kernels.tiles import (
     BIASED,
     BY_FOURS,
     IN_ONE,
+    STEPS_4,
+    STEPS_5,
+    STEPS_6,
+    STEPS_FULL,
     add_dots,
     add_multiple,
     add_quarters,
@@ -79,7 +83,6 @@ from ondevice.kernels.tiles import (
     quad_dot_bytes,
     quad_dot_words,
     spread_words,
-    steps,
     store_floats,
     turn_quads,
     wide_dot,
@@ -97,7 +100,6 @@ from quant.jit import inner
 
 SUPERBLOCK = 256
 Q4_K, Q5_K, Q6_K, IQ4_XS = (Layout(name) for name in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
-STEPS_4, STEPS_5, STEPS_6, STEPS_FULL = steps(15, 8), steps(31, 8), steps(63, 4), steps(128, 8)
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])
