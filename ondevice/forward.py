@@ -74,7 +74,7 @@ class Forward:
         h = head.norm(x, output_norm, config.norm_epsilon, "head input", (output,), then=then)
         if predicts:
             remember(head, record, h.floats, config.hidden)
-        self._logits = logits(head, output, h, "logits")
+        self._logits = logits(head, (output,), h, "logits")
         self.head: Operations = head.take()
         self._programs: tuple[Program, ...] = (trunk, head)
         self.ahead: Ahead | None = None

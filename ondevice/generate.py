@@ -89,6 +89,7 @@ class Completion:
         assert len(self._history) >= length
         self._history[: len(prompt)] = prompt
         self._pending = np.zeros(1, np.int32)
+        self._noted = 0  # tokens that guesses know of
         self._sampler = sampling.record(
             model.logits_address, model.config.vocabulary, model.ends, model.sampling_space
         )
@@ -283,6 +284,8 @@ class Completion:
         if depth:
             started = time.perf_counter()
             model.catch_up(state, step)
+            ahead.note(self._history[self._noted : begin])
+            self._noted = begin
             ahead.depth.charge(time.perf_counter() - started)
             # a short burst has room for all guesses of its cycle
             step[layout.STEPS_LEFT] = min(remaining, burst + depth + 1)

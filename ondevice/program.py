@@ -89,6 +89,10 @@ class Buffer:
     def address(self) -> int:
         return self.memory.ctypes.data
 
+    def from_column(self, column: int) -> "Buffer":
+        """The same rows of numbers of 4 bytes without the first ones."""
+        return Buffer(self.memory[4 * column :], self.row_bytes)
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -353,9 +357,10 @@ class Program:
         then: int = BARRIER,
         times: int = 0,
         rows: Split | None = None,
+        out: Buffer | None = None,
     ) -> Buffer:
         """The matrix times every token; `rows` says how it falls into tasks."""
-        out = self.buffer(name, 4 * matrix.rows)
+        out = out or self.buffer(name, 4 * matrix.rows)
         source = x.as_read_by(matrix)
         rows = rows or self.split(matrix)
         self.add(

@@ -158,6 +158,11 @@ class Ahead:
         programs = self.cycle + self.settle
         return programs + self.hidden if self.hidden is not None else programs
 
+    def note(self, tokens: Array) -> None:
+        """The text that is to be guessed has these tokens, int32."""
+        if self.head is not None:
+            self.head.candidates.note(tokens)
+
     # ---- a state ----
 
     def prepare(self, model: "Model", state: State) -> None:

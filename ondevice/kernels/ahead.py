@@ -164,11 +164,15 @@ def add_draft(record, step, token, vocabulary):
 def draft(op, step, task, scratch):
     """The token of the greatest logit is the next draft.
 
-    (record, logits, how many, logits of a piece, peaks, vocabulary)
+    (record, logits, how many, logits of a piece, peaks, vocabulary, common, others)
+    Logits from `common` on are those of the tokens that `others` lists, int32.
     """
     record, logits, count = argument(op, 0), argument(op, 1), argument(op, 2)
-    token = greatest_logit(logits, count, argument(op, 3), argument(op, 4))
-    add_draft(record, step, max(0, token), argument(op, 5))
+    token = max(0, greatest_logit(logits, count, argument(op, 3), argument(op, 4)))
+    common, others = argument(op, 6), argument(op, 7)
+    if token >= common:
+        token = load_i32(others + 4 * (token - common))
+    add_draft(record, step, token, argument(op, 5))
     more = word(record, MADE) < word(record, DRAFTED)
     store_i64(record + WORD * MORE, 1 if more else 0)
 

@@ -10,8 +10,9 @@ have passed matter for their keys and values alone, so `follow` computes no more
 Semantics: llama.cpp's src/models/qwen3next.cpp (graph_mtp); weights: `mtp.*` of the checkpoint.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ondevice.candidates import Candidates
 from ondevice.config import Config
 from ondevice.experts import Pool
 from ondevice.kernels import ahead
@@ -31,10 +32,6 @@ from ondevice.program import (
 )
 from ondevice.weights import Matrix, Weights
 
-DRAFT_ROWS = 40960
-"""Tokens that a draft is chosen from, the first of the vocabulary: byte-pair vocabularies are in
-the order of how common tokens are, and the output matrix is most of what a draft costs."""
-
 
 @dataclass(frozen=True)
 class Head:
@@ -47,6 +44,7 @@ class Head:
     programs: tuple[Program, ...]
     logits: Buffer
     hidden: Buffer
+    candidates: Candidates
 
 
 def head(
@@ -56,7 +54,8 @@ def head(
     """Add the block to what shares `program`'s buffers; `record` is the one of kernels.ahead."""
     block = f"blk.{config.layers}"
     tail = Program(1, program.threads)
-    output = _draft_output(weights, f"{block}.nextn.shared_head_head.weight", config)
+    output = _output(weights, f"{block}.nextn.shared_head_head.weight", config)
+    candidates = Candidates(tail, output)
     floats = tail.activation("draft input", config.hidden, (output,)).floats
 
     batch = positions(program, config)
@@ -75,26 +74,24 @@ def head(
     one = program.take()
     norm = weights.vector(f"{block}.nextn.shared_head_norm.weight", config.hidden)
     h = tail.norm(x, norm, config.norm_epsilon, "draft input", (output,))
-    result = logits(tail, output, h, "draft logits")
+    result = logits(tail, candidates.matrices, h, "draft logits")
     length = len(one.lines) + tail.length + 1
     tail.add(
         ahead.draft,
-        *(record, result.rows.address, output.rows, result.piece, result.peaks.address),
-        config.vocabulary,
+        *(record, result.rows.address, sum(matrix.rows for matrix in candidates.matrices)),
+        *(result.piece, result.peaks.address, config.vocabulary),
+        *(candidates.common, tail.keep(candidates.tokens)),
         loop=record + WORD * ahead.MORE,
         back=length,
     )
-    return Head(follow, one + tail.take(), (tail,), result.rows, h.floats)
+    return Head(follow, one + tail.take(), (tail,), result.rows, h.floats, candidates)
 
 
-def _draft_output(weights: Weights, own: str, config: Config) -> Matrix:
-    """The output matrix, or its first rows where it is large."""
-    matrix = (
-        weights.matrix(own, config.vocabulary, config.hidden)
-        if weights.has(own)
-        else weights.output()
-    )
-    return replace(matrix, rows=min(DRAFT_ROWS, matrix.rows))
+def _output(weights: Weights, own: str, config: Config) -> Matrix:
+    """The block's own output matrix, or the trunk's."""
+    if weights.has(own):
+        return weights.matrix(own, config.vocabulary, config.hidden)
+    return weights.output()
 
 
 def _inputs(

@@ -139,6 +139,41 @@ def test_further_drafts_equal_the_oracle(files: Files, ids: np.ndarray) -> None:
             assert block.guess(19)[0].tolist() == again.tolist()
 
 
+@pytest.mark.parametrize("memory", [None, 1 << 30])
+def test_large_vocabularies_are_guessed_in_part(
+    files: Files, ids: np.ndarray, memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The common tokens and those that the text had last, with the logits that they have."""
+    common, recent = 96, 48
+    monkeypatch.setattr("ondevice.candidates.COMMON", common)
+    monkeypatch.setattr("ondevice.candidates.RECENT", recent)
+    oracle = Oracle.open(files.checkpoint)
+    expected, _ = oracle.mtp(oracle.hidden(ids)[:-1], ids[1:])
+    with ondevice.load(files.f32, threads=2, mtp="on", memory=memory) as model:
+        block = Block(model, ids, [39])
+        assert block.ahead.head is not None
+        tokens = block.ahead.head.candidates.tokens
+        texts = [ids[:20], ids[20:], np.arange(300, 500, dtype=np.int32)]
+        drafted = set()
+        for text in texts:
+            block.ahead.note(text)
+            had = list(dict.fromkeys(np.concatenate(texts)[::-1].tolist()))
+            if text is texts[-1]:
+                assert set(had[:recent]) == set(tokens.tolist())
+            assert len(set(tokens.tolist())) == recent
+            assert {token for token in text[-recent:].tolist() if token >= common} <= set(
+                tokens.tolist()
+            )
+            known = [*range(common), *tokens.tolist()]
+            for position in range(TOKENS - 1):
+                logits, drafts = block.guess(position)
+                found, true = logits[: len(known)], expected[position][known]
+                assert relative_error(found, true) <= F32_ERROR, position
+                assert drafts == [known[found.argmax()]]
+                drafted.add(drafts[0])
+    assert min(drafted) < common < max(drafted)
+
+
 def test_quantised_file_means_its_bytes(files: Files, ids: np.ndarray) -> None:
     oracle = Oracle(*read_gguf(files.mixed))
     expected, _ = oracle.mtp(oracle.hidden(ids)[:-1], ids[1:])

@@ -88,9 +88,9 @@ def test_head_inputs(made: int) -> None:
 # ---- the turns of a cycle ----
 
 
-def drafts_from(logits: Array) -> tuple[Any, ...]:
+def drafts_from(logits: Array, common: int = VOCABULARY, others: Any = 0) -> tuple[Any, ...]:
     """What `draft` wants to know of its logits."""
-    return logits, VOCABULARY, PIECE, peaks_of(logits, PIECE), VOCABULARY
+    return logits, VOCABULARY, PIECE, peaks_of(logits, PIECE), VOCABULARY, common, others
 
 
 def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
@@ -117,6 +117,18 @@ def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
     record[ahead.END] = 59
     run(ahead.begin_cycle, record, **{**given, "steps_left": 2})
     assert record[[ahead.DRAFTED, ahead.NOTHING_NEW]].tolist() == [1, 1]
+
+
+def test_drafts_behind_the_common_tokens_are_looked_up() -> None:
+    others = np.array([70, 80, 90], np.int32)
+    common = VOCABULARY - len(others)
+    record = ahead.new_record(BATCH)
+    for best, token in ((common - 1, common - 1), (common, 70), (common + 2, 90)):
+        logits = np.zeros((1, VOCABULARY), np.float32)
+        logits[0, best] = 2
+        record[[ahead.AT, ahead.MADE]] = 0, 0
+        run(ahead.draft, record, *drafts_from(logits, common, others), threads=1)
+        assert drafts_of(record)[1] == token
 
 
 def test_the_hook_makes_drafts_true_with_a_chance() -> None:
