@@ -42,7 +42,7 @@ def main() -> None:
         found = measurements.get((prompt, generate))
         if figures:
             assert found
-            return found.figures() | found.summaries()
+            return found.figures() | found.summaries() | {"fractions": found.fractions}
         if not found:
             machine = next((known.machine for known in measurements.values()), None)
             found = Measurement(model, prompt, generate, machine=machine)

@@ -164,6 +164,15 @@ class Measurement:
         if decode:
             self.runner.decode(profiled=True)
 
+    @property
+    def fractions(self) -> list[float]:
+        """What each round's decode had of the limit that memory set right before and after it."""
+        figures = self.figures()
+        token = sum(figures[f"{name}bytes_per_token"] for name in ("", "state_", "cache_"))
+        moved = self._options["generate"] * token
+        around = zip(self._bandwidths[1::3], self._bandwidths[2::3], self.decodes, strict=True)
+        return [moved / seconds / ((before + after) / 2) for before, after, seconds in around]
+
     def figures(self) -> dict[str, Any]:
         """Medians of the rounds; rates are per second."""
         model, prompt, generate, depth = self._model, *self._options.values()

@@ -70,6 +70,27 @@ def test_fractions_are_of_the_limits_it_reports(tiny: Model) -> None:
     assert found["prefill_fraction_of_int8_peak"] == pytest.approx(macs / found["int8_peak"])
 
 
+def test_each_round_has_a_fraction_of_its_own_limit(tiny: Model) -> None:
+    class Slowing:
+        """Memory that gives 1, 2, 3 ... GB/s, one after the other."""
+
+        int8_peak, reads = staticmethod(lambda: 1e12), 0
+
+        def read_bandwidth(self) -> float:
+            self.reads += 1
+            return 1e9 * self.reads
+
+    measurement = bench.Measurement(tiny, 20, 6, machine=Slowing())  # type: ignore[arg-type]
+    measurement.round()
+    measurement.round()
+    found = measurement.figures()
+    moved = sum(found[f"{name}bytes_per_token"] for name in ("", "state_", "cache_"))
+    limits = [2.5e9 / moved, 5.5e9 / moved]
+    rates = [6 / seconds for seconds in measurement.decodes]
+    expected = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+    assert measurement.fractions == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_multiply_adds_are_those_of_the_layers_equations(
     name: str, request: pytest.FixtureRequest
