@@ -143,6 +143,7 @@ class Measurement:
         self._experts = Counts()
         self.prefills: list[float] = []
         self.decodes: list[float] = []
+        # three a round: before prefill, before decode, after it
         self._bandwidths: list[float] = []
         self._peaks: list[float] = []
 

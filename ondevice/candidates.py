@@ -1,9 +1,9 @@
 """The tokens that a draft is chosen from, where the vocabulary is large.
 
-The output matrix is most of what a draft costs, so a draft takes part of its rows: those of the
-COMMON first tokens, byte-pair vocabularies being in the order of how common tokens are, and those
-of the RECENT other tokens that the text had last, whatever its subject and language. A token that
-is not among them is merely never guessed.
+The whole output matrix would be most of what a draft costs, so a draft takes some of its rows:
+those of the COMMON first tokens, byte-pair vocabularies being in the order of how common tokens
+are, and those of the RECENT other tokens that the text had last, whatever its subject and language.
+A token that is not among them is merely never guessed.
 
     common    (common, columns)   the first rows of the output matrix, where they are
     recent    (RECENT, columns)   copies; row i is that of token `tokens[i]`
