@@ -36,11 +36,12 @@ def compare(guessing: Model, plain: Model, right: float, tokens: int, rounds: in
     _, answer = speed(plain, prompt, tokens)
     assert guessing.ahead is not None
     guessing.ahead.depth = depth = Depth("auto")
-    ratios, rates, misses = [], [], []
+    ratios, rates, misses, gains = [], [], [], []
     for number in range(rounds + 1):
         truth = random_hook(guessing, prompt + answer, right)
         before, _ = speed(plain, prompt, tokens)
         expected = float(depth.rate(depth.choose()))
+        gain = expected / depth.rate(0) if expected else 1.0
         rate, same = speed(guessing, prompt, tokens)
         assert same == answer
         del truth
@@ -48,13 +49,17 @@ def compare(guessing: Model, plain: Model, right: float, tokens: int, rounds: in
             ratios.append(rate / before)
             rates.append(rate)
             misses.append(expected / rate - 1)
-    chosen = depth.choose()
+            gains.append(gain / (rate / before) - 1)
     return (
-        f"{right:.2f} of guesses right: {statistics.median(ratios):.3f} "
-        f"({min(ratios):.2f}-{max(ratios):.2f}) of plain decoding; depth {chosen}, "
-        f"{statistics.median(rates):.1f} tokens/s, before each round "
-        f"{statistics.median(misses):+.1%} ({min(misses):+.0%} to {max(misses):+.0%}) expected"
+        f"{right:.2f} of guesses right: {_spread(ratios, '.3f', '.2f')} of plain decoding; "
+        f"depth {depth.choose()}, {statistics.median(rates):.1f} tokens/s. Expected before each "
+        f"round against measured: gain {_spread(gains)}, tokens/s {_spread(misses)}"
     )
+
+
+def _spread(values: list[float], median: str = "+.1%", ends: str = "+.0%") -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:{median}} ({low:{ends}} to {high:{ends}})"
 
 
 def main() -> None:

@@ -1,19 +1,21 @@
 """How many tokens to guess ahead, none included: whatever makes the most tokens a second.
 
     tokens of a cycle at depth d = 1 + r (a1 + a1 a2 + ... + a1 ... ad)
-    rate(d) = tokens of a cycle / seconds of a cycle
+    rate(d) = tokens of a cycle / (pace * cost of a cycle)
 
 with r the share of cycles that have drafts at all and ai the share of right drafts at place i,
-given that those before were right. Both are learned from every cycle, seconds from every burst, so
-that whatever a wider batch costs (experts from disk, a long context) is in them. A depth that was
-never measured is taken to cost what the first draft did, for each of its drafts.
+given that those before were right. Both are learned from every cycle. A depth's cost is relative to
+the other depths': a machine's memory may be twice as fast a second later, so seconds of different
+times say nothing, and another depth is compared with the bursts right before and after its trial.
+The pace, seconds per unit of cost, follows every burst. Whatever a wider batch costs (experts from
+disk, a long context) is in the costs. A depth that was never measured is taken to cost what the
+first draft did, for each of its drafts.
 
 Measuring a slower depth costs time, so a trial waits until the time since has earned it: trials
 lose no more than EARNED of it, or PROMISING times that where guesses are right so often that a
-depth should pay. A trial's first burst warms up, and is not timed; what the block reads is often
-not in the caches when it has not run for long, so a new trial counts as much as those before. What
-is learned outlives an answer. Tokens do not depend on any of
-this.
+depth should pay. A trial's first burst warms up, and is not timed: what the block reads is often
+not in the caches when it has not run for long. A new trial counts as much as all those before. What
+is learned outlives an answer. Tokens do not depend on any of this.
 """
 
 from typing import Any
@@ -38,9 +40,6 @@ CREDIT = 3.0
 """Plain tokens that trials may lose before anything was earned."""
 REST = 32
 """Tokens between two trials, at least."""
-SUDDEN, SUDDEN_REST = 1.3, 300
-"""Two bursts that take so many times longer or shorter than usual mean that the machine is another
-one now: trials get their first credit again, once in so many tokens."""
 CLIP = 2.0
 """A burst that something else disturbed counts as so many times the usual, at most."""
 
@@ -53,20 +52,22 @@ class Depth:
         """Guess so many, whatever pays; for tests and trials."""
         self._least = 1 if mode == "on" else 0
         self._best = self._least
-        self._seconds: list[float | None] = [None] * (PLACES + 1)  # of a cycle
-        self._weight = [0.0] * (PLACES + 1)
+        self._cost: list[float | None] = [None] * (PLACES + 1)  # of a cycle
+        self._weight = [0.0] * (PLACES + 1)  # cycles behind a cost
+        self._pace, self._pace_weight = 1.0, 0.0  # seconds per unit of cost
+        self._before = 0.0  # seconds of a cycle of the burst before a trial
+        self._tried: tuple[int, int, float] | None = None  # depth, cycles, seconds of a cycle
         self._right = [PRIOR * PRIOR_WEIGHT] * PLACES
         self._compared = [PRIOR_WEIGHT] * PLACES
         self._drafting = 1.0
         self._trial: int | None = None
         self._trial_left = 0
+        self._trial_cycles, self._trial_seconds = 0, 0.0
         self._warm = True
         self._tried_at = [0] * (PLACES + 1)  # in tokens
         self._tokens = 0
         self._rested = 0
         self._earned = 0.0
-        self._surprises = 0
-        self._surprised_at = 0
 
     def choose(self) -> int:
         """Tokens to guess in the next burst."""
@@ -82,21 +83,21 @@ class Depth:
             return most
         return min(most, self._trial_left) if self._warm else 1
 
-    def _guessed_seconds(self, depth: int) -> float | None:
+    def _guessed_cost(self, depth: int) -> float | None:
         """Of a cycle, from plain decoding alone."""
-        plain = self._seconds[0]
+        plain = self._cost[0]
         return None if plain is None else plain * (1 + FIRST_DRAFT * depth)
 
-    def seconds(self, depth: int) -> float | None:
+    def cost(self, depth: int) -> float | None:
         """Of a cycle, as measured or expected; None before anything was measured."""
-        known, plain = self._seconds[depth], self._seconds[0]
+        known, plain = self._cost[depth], self._cost[0]
         if known is not None:
             return known
-        measured = [d for d in range(1, PLACES + 1) if self._seconds[d] is not None]
+        measured = [d for d in range(1, PLACES + 1) if self._cost[d] is not None]
         if not measured:
-            return self._guessed_seconds(depth)
+            return self._guessed_cost(depth)
         nearest = min(measured, key=lambda d: abs(d - depth))
-        base = self._seconds[nearest] or 0.0
+        base = self._cost[nearest] or 0.0
         if plain is None:
             return base
         return max(plain, base + (base - plain) * (depth - nearest) / nearest)
@@ -111,8 +112,8 @@ class Depth:
 
     def rate(self, depth: int) -> float:
         """Expected tokens a second; 0 before anything was measured."""
-        seconds = self.seconds(depth)
-        return self.tokens(depth) / seconds if seconds else 0.0
+        cost = self.cost(depth)
+        return self.tokens(depth) / (cost * self._pace) if cost else 0.0
 
     def charge(self, seconds: float) -> None:
         """Time that went into getting ready to guess."""
@@ -129,55 +130,68 @@ class Depth:
             self._learn_shares(
                 cycles, figures[1 : 1 + PLACES], figures[1 + PLACES : 1 + 2 * PLACES]
             )
-        self._tokens += tokens
-        if self._trial is None:
-            self._look_out(depth, seconds / cycles)
-        fresh = self._seconds[depth] is None
-        if self._trial is None or self._warm:
-            self._learn_seconds(depth, cycles, seconds / cycles)
-        self._tried_at[depth] = self._tokens
-        plain = self._seconds[0]
-        if fresh and depth == 0 and plain is not None:
-            self._earned += CREDIT * plain
-        if self._trial is not None:
-            usual = self.rate(self._best)
-            if usual:
-                # what disturbed the trial was not its fault
-                lost = min(seconds - tokens / usual, self._loss(depth, cycles))
-                self._earned -= max(0.0, lost) / self._patience(depth)
-            if not self._warm:
-                self._warm = True
-                return
-            self._trial_left -= cycles
-            if self._trial_left <= 0:
-                self._trial, self._rested = None, 0
-                self._settle()
+        if self.fixed is not None:
             return
+        self._tokens += tokens
+        self._tried_at[depth] = self._tokens
+        if self._trial is not None:
+            self._note_trial(depth, cycles, tokens, seconds)
+            return
+        each = seconds / cycles
+        if self._cost[depth] is None:
+            self._cost[depth] = each  # the unit of all costs
+            if depth == 0:
+                self._earned += CREDIT * each
+        self._learn_cost(each)
+        self._learn_pace(depth, cycles, each)
+        self._before = each
         self._earned += EARNED * seconds
         self._rested += tokens
         self._settle()
         self._consider_trial()
 
-    def _look_out(self, depth: int, each: float) -> None:
-        """Notice that everything takes longer, or no longer does."""
-        usual, plain = self._seconds[depth], self._seconds[0]
-        if usual is None or usual / SUDDEN < each < usual * SUDDEN:
-            self._surprises = 0
+    def _note_trial(self, depth: int, cycles: int, tokens: int, seconds: float) -> None:
+        # what disturbed the trial was not its fault
+        lost = min(seconds - tokens / self.rate(self._best), self._loss(depth, cycles))
+        self._earned -= max(0.0, lost) / self._patience(depth)
+        if not self._warm:
+            self._warm = True
             return
-        self._surprises += 1
-        if self._surprises == 2 and self._tokens - self._surprised_at > SUDDEN_REST:
-            self._surprised_at = self._tokens
-            self._weight[depth] = 0.0
-            if plain is not None:
-                self._earned = max(self._earned, CREDIT * plain)
+        self._trial_left -= cycles
+        self._trial_cycles += cycles
+        self._trial_seconds += seconds
+        if self._trial_left <= 0:
+            self._tried = depth, self._trial_cycles, self._trial_seconds / self._trial_cycles
+            self._trial, self._rested = None, 0
+
+    def _learn_cost(self, after: float) -> None:
+        """Of the depth of the last trial, now that the burst after it is known."""
+        base = self._cost[self._best]
+        if self._tried is None or base is None:
+            return
+        depth, cycles, each = self._tried
+        self._tried = None
+        now = base * each / ((self._before + after) / 2)
+        usual = self._cost[depth]
+        if usual is None:
+            self._cost[depth], self._weight[depth] = now, cycles
+            return
+        now = min(max(now, usual / CLIP), usual * CLIP)
+        self._weight[depth] = min(self._weight[depth], cycles) + cycles
+        self._cost[depth] = usual + cycles / self._weight[depth] * (now - usual)
+
+    def _learn_pace(self, depth: int, cycles: int, each: float) -> None:
+        now = each / (self._cost[depth] or each)
+        if self._pace_weight:
+            now = min(max(now, self._pace / CLIP), self._pace * CLIP)
+        self._pace_weight = min(self._pace_weight + cycles, WINDOW)
+        self._pace += min(1.0, cycles / self._pace_weight) * (now - self._pace)
 
     def _settle(self) -> None:
         """Use the best of the depths that have been measured."""
-        known = [d for d in range(self._least, PLACES + 1) if self._seconds[d] is not None]
-        if not known:
-            return
+        known = [d for d in range(self._least, PLACES + 1) if self._cost[d] is not None]
         best = max(known, key=self.rate)
-        if self._seconds[self._best] is None or self.rate(best) > BETTER * self.rate(self._best):
+        if self._cost[self._best] is None or self.rate(best) > BETTER * self.rate(self._best):
             self._best = best
 
     def _consider_trial(self) -> None:
@@ -186,40 +200,31 @@ class Depth:
         if self._rested < REST or not self.rate(self._best):
             return
         promising = max(others, key=self.rate)
-        unknown = self._seconds[promising] is None
+        unknown = self._cost[promising] is None
         if not (unknown and self.rate(promising) > BETTER * self.rate(self._best)):
             near = [d for d in others if d <= 1 or abs(d - self._best) == 1]
             promising = min(near, key=lambda d: self._tried_at[d])
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
         if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):
             self._trial, self._trial_left, self._warm = promising, cycles, False
-            self._weight[promising] = min(self._weight[promising], cycles)
+            self._trial_cycles, self._trial_seconds = 0, 0.0
 
     def _patience(self, depth: int) -> float:
         """How much more than EARNED a trial may lose."""
-        seconds = self._guessed_seconds(depth)
-        if seconds is None or self.tokens(depth) / seconds <= BETTER * self.rate(self._best):
+        cost = self._guessed_cost(depth)
+        best = self.rate(self._best)
+        if cost is None or self.tokens(depth) / (cost * self._pace) <= BETTER * best:
             return 1.0
         return PROMISING
 
     def _loss(self, depth: int, cycles: int) -> float:
         """Seconds that so many cycles are expected to lose."""
-        seconds, guessed = self.seconds(depth), self._guessed_seconds(depth)
-        if seconds is None:
+        cost, guessed = self.cost(depth), self._guessed_cost(depth)
+        if cost is None:
             return 0.0
         if guessed is not None:
-            seconds = min(seconds, CLIP * guessed)
-        return max(0.0, cycles * (seconds - self.tokens(depth) / self.rate(self._best)))
-
-    def _learn_seconds(self, depth: int, cycles: int, each: float) -> None:
-        usual = self._seconds[depth]
-        if usual is None:
-            self._seconds[depth], self._weight[depth] = each, cycles
-            return
-        each = min(max(each, usual / CLIP), usual * CLIP)
-        self._weight[depth] = min(self._weight[depth] + cycles, WINDOW)
-        share = min(1.0, cycles / self._weight[depth])
-        self._seconds[depth] = usual + share * (each - usual)
+            cost = min(cost, CLIP * guessed)
+        return max(0.0, cycles * (cost * self._pace - self.tokens(depth) / self.rate(self._best)))
 
     def _learn_shares(self, cycles: int, compared: Any, right: Any) -> None:
         share = min(1.0, cycles / WINDOW)
