@@ -12,25 +12,27 @@ are stored with 8 added have too much, and a shift makes them fit other offsets.
 
 import numpy as np
 
-from ondevice.kernels.layout import argument
-from ondevice.kernels.operation import operation
-from ondevice.kernels.simd import (
+from ondevice.kernels.arithmetic import (
     absolute,
-    convert,
-    f32x16,
     fma,
-    i8x16,
-    i32x16,
     lane_maximum,
     lane_sum,
-    load,
-    load_some,
     maximum,
     minimum,
     nearest,
     nearest_integers,
     power_of_two,
     scale_by_power,
+)
+from ondevice.kernels.layout import argument
+from ondevice.kernels.operation import operation
+from ondevice.kernels.simd import (
+    convert,
+    f32x16,
+    i8x16,
+    i32x16,
+    load,
+    load_some,
     splat,
     store_bytes,
     store_f32,

@@ -24,6 +24,7 @@ run of the loop may still make; rows of the ring.
 import numpy as np
 
 from ondevice.kernels.activation import quantize_row
+from ondevice.kernels.atomics import atomic_load
 from ondevice.kernels.delta import MOST_TENTATIVE
 from ondevice.kernels.expand import call_expand
 from ondevice.kernels.layout import (
@@ -52,7 +53,6 @@ from ondevice.kernels.operation import operation
 from ondevice.kernels.peaks import greatest_logit
 from ondevice.kernels.sample import ENDS, LOGITS, choose, uniform
 from ondevice.kernels.simd import (
-    atomic_load,
     load_f32,
     load_f64,
     load_i32,

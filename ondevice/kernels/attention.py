@@ -24,6 +24,7 @@ import numpy as np
 
 from ondevice.kernels import cache_i16, cache_q8_0
 from ondevice.kernels.activation import exponential_2, quantize_row, sigmoid
+from ondevice.kernels.arithmetic import fma, lane_maximum
 from ondevice.kernels.cache import (
     BLOCK,
     GROUP,
@@ -57,8 +58,6 @@ from ondevice.kernels.operation import CompiledFunction, operation
 from ondevice.kernels.rows import ROWS
 from ondevice.kernels.simd import (
     f32x16,
-    fma,
-    lane_maximum,
     load,
     load_f32,
     load_some,

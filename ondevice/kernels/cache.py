@@ -22,24 +22,18 @@ Scores are kept in units of ln 2: shares are powers of two.
 import numpy as np
 
 from ondevice.kernels.activation import exponential_2
-from ondevice.kernels.dot.tile import ByLayout, ask
-from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
-from ondevice.kernels.simd import (
+from ondevice.kernels.arithmetic import (
     absolute,
-    f32x16,
     first_lanes,
     fma,
     lane_maximum,
     lane_sum,
-    load,
-    load_f32,
-    load_some,
     maximum,
     nearest_integers,
-    splat,
-    store,
-    zero,
 )
+from ondevice.kernels.dot.tile import ByLayout, ask
+from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
+from ondevice.kernels.simd import f32x16, load, load_f32, load_some, splat, store, zero
 from quant.jit import inner
 
 TILE = 128

@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 
+from ondevice.kernels.arithmetic import maximum
 from ondevice.kernels.cache import (
     ADD_VALUES,
     GROUP,
@@ -54,7 +55,6 @@ from ondevice.kernels.simd import (
     i16x32,
     load,
     load_f32,
-    maximum,
     prefetch,
     store_f32,
     store_i16,

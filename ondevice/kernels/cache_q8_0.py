@@ -10,6 +10,7 @@ A scale is the greatest magnitude / 127; shares are whole numbers up to SHARES.
 
 import numpy as np
 
+from ondevice.kernels.arithmetic import lane_sum
 from ondevice.kernels.cache import (
     ADD_VALUES,
     GROUP,
@@ -44,7 +45,6 @@ from ondevice.kernels.rows import (
 )
 from ondevice.kernels.simd import (
     i8x64,
-    lane_sum,
     load,
     load_f16,
     load_f32,

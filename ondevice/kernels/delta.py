@@ -25,6 +25,7 @@ import math
 import numpy as np
 
 from ondevice.kernels.activation import sigmoid_of, silu
+from ondevice.kernels.arithmetic import fma, lane_sum
 from ondevice.kernels.layout import (
     COUNT,
     JOURNAL,
@@ -38,8 +39,6 @@ from ondevice.kernels.norm import squared_length
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
-    fma,
-    lane_sum,
     load,
     load_f32,
     load_some,

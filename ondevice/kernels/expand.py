@@ -5,13 +5,13 @@ Bit for bit what quant's `dequantize` gives; formulas and layouts are in quant/<
 
 import numpy as np
 
+from ondevice.kernels.calls import function_call
 from ondevice.kernels.dot.tile import ByLayout, Layout
 from ondevice.kernels.layout import TOKENS, argument, word
 from ondevice.kernels.operation import expand_kernel, operation
 from ondevice.kernels.simd import (
     convert,
     f32x16,
-    function_call,
     load,
     load_bf16,
     load_f16,

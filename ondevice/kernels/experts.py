@@ -16,6 +16,7 @@ Experts are read where the file maps them, or from a pool (kernels/store.py).
 import numpy as np
 
 from ondevice.kernels.activation import exponential, quantize_row, sigmoid_of, silu_times
+from ondevice.kernels.arithmetic import fma, lane_maximum, lane_sum, maximum
 from ondevice.kernels.layout import COUNT, WORD, argument, word
 from ondevice.kernels.linear import call_rows
 from ondevice.kernels.operation import operation
@@ -39,15 +40,11 @@ from ondevice.kernels.routing import (
 )
 from ondevice.kernels.simd import (
     f32x16,
-    fma,
-    lane_maximum,
-    lane_sum,
     load,
     load_f32,
     load_i32,
     load_i64,
     load_some,
-    maximum,
     splat,
     store_f32,
     store_i32,

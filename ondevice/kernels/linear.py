@@ -6,9 +6,10 @@ each thread reads on and on: tasks are *runs* of rows, long ones first, short on
 table of runs, int32, is their number, where each begins, and the number of all rows.
 """
 
+from ondevice.kernels.calls import function_call
 from ondevice.kernels.layout import COUNT, are_few, argument, word
 from ondevice.kernels.operation import operation
-from ondevice.kernels.simd import function_call, load_i32
+from ondevice.kernels.simd import load_i32
 from quant.jit import inner
 
 call_rows = function_call(12)

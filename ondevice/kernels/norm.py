@@ -10,17 +10,10 @@ import math
 import numpy as np
 
 from ondevice.kernels.activation import quantize_row, silu
+from ondevice.kernels.arithmetic import fma, lane_sum
 from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, argument, word
 from ondevice.kernels.operation import operation
-from ondevice.kernels.simd import (
-    f32x16,
-    fma,
-    lane_sum,
-    load_f32,
-    load_some,
-    store_some,
-    zero,
-)
+from ondevice.kernels.simd import f32x16, load_f32, load_some, store_some, zero
 from quant.jit import inner
 
 

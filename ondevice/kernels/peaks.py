@@ -7,21 +7,11 @@ while the other threads wait.
 
 import numpy as np
 
+from ondevice.kernels.arithmetic import fma, lane_maximum, lane_sum, maximum
 from ondevice.kernels.layout import COUNT, argument, word
 from ondevice.kernels.linear import rows_of_task
 from ondevice.kernels.operation import operation
-from ondevice.kernels.simd import (
-    f32x16,
-    fma,
-    lane_maximum,
-    lane_sum,
-    load,
-    load_f32,
-    maximum,
-    splat,
-    store_f32,
-    zero,
-)
+from ondevice.kernels.simd import f32x16, load, load_f32, splat, store_f32, zero
 from quant.jit import inner
 
 

@@ -1,17 +1,40 @@
 """What the machine can do: reading memory and multiplying bytes as fast as they go."""
 
+from typing import Any
+
+from numba.extending import intrinsic
+
+from ondevice.kernels.arithmetic import lane_sum
 from ondevice.kernels.layout import WORD, argument
 from ondevice.kernels.operation import operation
+from ondevice.kernels.products import plain_dot
 from ondevice.kernels.simd import (
+    FEATURES,
+    call,
+    i16x16,
+    i32x4,
+    i32x8,
     i32x16,
-    lane_sum,
     load,
     prefetch,
     splat,
     store_i64,
+    u8x16,
+    u8x32,
+    u8x64,
     zero,
 )
-from ondevice.kernels.tiles import PEAK_BYTES, PEAK_MACS, PEAK_TOTAL, peak_dot
+from ondevice.kernels.tiles import HAS_AVX2, HAS_SDOT, HAS_VNNI_256, HAS_VNNI_512
+
+_HAS_SMMLA = "i8mm" in FEATURES
+if HAS_VNNI_512:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x64, i32x16, 64
+elif HAS_VNNI_256:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x32, i32x8, 32
+elif HAS_AVX2:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x32, i16x16, 32
+else:
+    PEAK_BYTES, PEAK_TOTAL, PEAK_MACS = u8x16, i32x4, 32 if _HAS_SMMLA else 16
 
 CHUNK = 1 << 20
 STREAMS = 4
@@ -24,6 +47,30 @@ VECTORS = 2 + 4 * CHAINS // 2
 TURNS = 1 << 16
 PRODUCTS = TURNS * CHAINS * PEAK_MACS
 """Multiply-adds of a task of `multiply_bytes`."""
+
+
+@intrinsic
+def peak_dot(typing: Any, total: Any, w: Any, a: Any) -> Any:
+    """total + w * a by the target's best int8 instruction: PEAK_MACS products of PEAK_BYTES.
+
+    AVX2 adds pairs in int16, without which no sum can do; a kernel also has to widen them.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        acc, weights, acts = args
+        if HAS_VNNI_512 or HAS_VNNI_256:
+            name = f"llvm.x86.avx512.vpdpbusd.{PEAK_BYTES.lanes * 8}"
+            return call(builder, name, acc.type, [acc, weights, acts])
+        if HAS_AVX2:
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", acc.type, [weights, acts])
+            return builder.add(acc, pairs)
+        if _HAS_SMMLA or HAS_SDOT:
+            name = "smmla" if _HAS_SMMLA else "sdot"
+            name = f"llvm.aarch64.neon.{name}.v4i32.v16i8"
+            return call(builder, name, acc.type, [acc, weights, acts])
+        return plain_dot(builder, acc, weights, acts, full=False)
+
+    return total(total, w, a), lower
 
 
 @operation

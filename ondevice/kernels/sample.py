@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from ondevice.kernels.atomics import atomic_load
 from ondevice.kernels.layout import (
     CANCEL,
     COUNT,
@@ -37,7 +38,6 @@ from ondevice.kernels.layout import (
 from ondevice.kernels.operation import operation
 from ondevice.kernels.peaks import greatest_logit, note_peak
 from ondevice.kernels.simd import (
-    atomic_load,
     load_f32,
     load_f64,
     load_i32,

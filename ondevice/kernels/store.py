@@ -36,6 +36,8 @@ import sys
 
 from numba.core import types
 
+from ondevice.kernels.atomics import atomic_add, atomic_exchange, atomic_load, atomic_store, pause
+from ondevice.kernels.calls import function_call
 from ondevice.kernels.layout import (
     ABORT,
     COUNT,
@@ -63,18 +65,7 @@ from ondevice.kernels.routing import (
     TOUCHED,
     slots_of,
 )
-from ondevice.kernels.simd import (
-    atomic_add,
-    atomic_exchange,
-    atomic_load,
-    atomic_store,
-    function_call,
-    load_i32,
-    load_i64,
-    pause,
-    store_i32,
-    store_i64,
-)
+from ondevice.kernels.simd import load_i32, load_i64, store_i32, store_i64
 from quant.jit import Compiled, inner
 
 BLOCK = 4096

@@ -27,6 +27,8 @@ import weakref
 import numpy as np
 from numba.core import types
 
+from ondevice.kernels.atomics import atomic_add, atomic_exchange, atomic_load, atomic_store, pause
+from ondevice.kernels.calls import function_call
 from ondevice.kernels.layout import (
     ABORT,
     BACK,
@@ -52,16 +54,7 @@ from ondevice.kernels.layout import (
     are_few,
     word,
 )
-from ondevice.kernels.simd import (
-    atomic_add,
-    atomic_exchange,
-    atomic_load,
-    atomic_store,
-    function_call,
-    load_i64,
-    pause,
-    store_i64,
-)
+from ondevice.kernels.simd import load_i64, store_i64
 from quant.errors import Error, ResourceError
 from quant.jit import Compiled, inner
 

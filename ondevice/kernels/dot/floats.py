@@ -4,11 +4,11 @@ Sixteen columns at a time into one vector of partial sums per row and token, fol
 columns beyond a multiple of sixteen. Four rows meet four tokens at a time.
 """
 
+from ondevice.kernels.arithmetic import fma
 from ondevice.kernels.dot.tile import FOUR, ByLayout, Layout, row_at, rows_at
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
     f32x16,
-    fma,
     load,
     load_bf16,
     load_bfloats,
@@ -18,7 +18,8 @@ from ondevice.kernels.simd import (
     prefetch,
     store_f32,
 )
-from ondevice.kernels.tiles import add_products, store_folded, tile1, tile4, zero_floats
+from ondevice.kernels.sums import add_products
+from ondevice.kernels.tiles import store_folded, tile1, tile4, zero_floats
 from quant.jit import inner
 
 AHEAD = 4096

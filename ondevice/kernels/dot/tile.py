@@ -29,14 +29,12 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
+from ondevice.kernels.shuffles import byte_table, load_quad, pair_shuffle
 from ondevice.kernels.simd import (
     bitcast,
-    byte_table,
     f32x16,
     load,
     load_i32,
-    load_quad,
-    pair_shuffle,
     prefetch,
     store,
     u8x64,

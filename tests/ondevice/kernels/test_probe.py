@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import probe
-from ondevice.kernels.tiles import PEAK_BYTES, PEAK_MACS, PEAK_TOTAL
+from ondevice.kernels.probe import PEAK_BYTES, PEAK_MACS, PEAK_TOTAL
 from tests.ondevice.kernels.harness import run
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba.core import types
 
-from ondevice.kernels import simd
+from ondevice.kernels import arithmetic, atomics, calls, shuffles, simd
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.simd import (
     f32x8,
@@ -284,13 +284,13 @@ def test_constants() -> None:
     assert out[64:128].view(np.float32).tolist() == [FLOATS[0]] * 16
 
 
-backwards = simd.lane_shuffle(list(range(15, -1, -1)))
-doubled = simd.lane_shuffle([i // 2 for i in range(32)])
-interleaved = simd.pair_shuffle([i // 2 + 16 * (i % 2) for i in range(16)])
-some_bytes = simd.byte_shuffle([3, None, 15, *[0] * 13])
-fields = simd.word_fields((0, 3, 5, 2), (0x3F, 0x1F, 0x07, 0x30))
-squares = simd.byte_table([(i - 8) ** 2 - 30 for i in range(16)])
-third_half = simd.half_in_each(4)
+backwards = shuffles.lane_shuffle(list(range(15, -1, -1)))
+doubled = shuffles.lane_shuffle([i // 2 for i in range(32)])
+interleaved = shuffles.pair_shuffle([i // 2 + 16 * (i % 2) for i in range(16)])
+some_bytes = shuffles.byte_shuffle([3, None, 15, *[0] * 13])
+fields = shuffles.word_fields((0, 3, 5, 2), (0x3F, 0x1F, 0x07, 0x30))
+squares = shuffles.byte_table([(i - 8) ** 2 - 30 for i in range(16)])
+third_half = shuffles.half_in_each(4)
 
 
 @three_integers
@@ -302,8 +302,8 @@ def rearranged(a: int, b: int, out: int) -> None:
     store(out + 192, some_bytes(x))
     store(out + 256, fields(x))
     store(out + 320, squares(x & np.uint8(15)))
-    store(out + 384, simd.each_bit(x))
-    store(out + 448, simd.load_quad(b, 7))
+    store(out + 384, shuffles.each_bit(x))
+    store(out + 448, shuffles.load_quad(b, 7))
 
 
 def test_rearrangements() -> None:
@@ -330,8 +330,8 @@ def test_rearrangements() -> None:
 @three_integers
 def halves(a: int, b: int, out: int) -> None:
     store(out, third_half(load(u8x64, b)))
-    store(out + 64, simd.half_words(load(u32x16, b), np.uint32(16)))
-    store(out + 128, simd.exponent_scale(load(u32x16, a)))
+    store(out + 64, shuffles.half_words(load(u32x16, b), np.uint32(16)))
+    store(out + 128, shuffles.exponent_scale(load(u32x16, a)))
 
 
 @pytest.mark.parametrize("first", range(0, 256, 16))
@@ -350,10 +350,12 @@ def test_halves_and_exponents_inside_vectors(first: int) -> None:
 @three_integers
 def fused(a: int, b: int, out: int) -> None:
     x, y = load(f32x16, a), load(f32x16, b)
-    store(out, simd.fma(x, y, x))
-    store(out + 64, simd.fma(x, simd.load_f32(b), y))
-    simd.store_f32(out + 128, simd.fma(simd.load_f32(a), simd.load_f32(b), simd.load_f32(a + 4)))
-    store(out + 132, simd.fma(load(f32x8, a), load(f32x8, b), load(f32x8, a)))
+    store(out, arithmetic.fma(x, y, x))
+    store(out + 64, arithmetic.fma(x, simd.load_f32(b), y))
+    simd.store_f32(
+        out + 128, arithmetic.fma(simd.load_f32(a), simd.load_f32(b), simd.load_f32(a + 4))
+    )
+    store(out + 132, arithmetic.fma(load(f32x8, a), load(f32x8, b), load(f32x8, a)))
 
 
 def rounded_once(a: Array, b: Array, c: Array) -> list[float]:
@@ -376,11 +378,11 @@ def test_fused_products_are_rounded_once() -> None:
 @three_integers
 def elementwise(a: int, b: int, out: int) -> None:
     x, y = load(f32x16, a), load(f32x16, b)
-    store(out, simd.absolute(x))
-    store(out + 64, simd.nearest(x))
-    store(out + 128, simd.maximum(x, y))
-    store(out + 192, simd.minimum(x, y))
-    store(out + 256, simd.power_of_two(load(i32x16, b + 64)))
+    store(out, arithmetic.absolute(x))
+    store(out + 64, arithmetic.nearest(x))
+    store(out + 128, arithmetic.maximum(x, y))
+    store(out + 192, arithmetic.minimum(x, y))
+    store(out + 256, arithmetic.power_of_two(load(i32x16, b + 64)))
 
 
 def test_elementwise() -> None:
@@ -396,10 +398,10 @@ def test_elementwise() -> None:
 
 @three_integers
 def folded(a: int, b: int, out: int) -> None:
-    simd.store_f32(out, simd.lane_sum(load(f32x16, a)))
-    simd.store_f32(out + 4, simd.lane_maximum(load(f32x16, a)))
-    simd.store_i32(out + 8, np.int64(simd.lane_sum(load(i32x16, b))))
-    simd.store_f32(out + 12, simd.lane_sum(load(f32x8, a)))
+    simd.store_f32(out, arithmetic.lane_sum(load(f32x16, a)))
+    simd.store_f32(out + 4, arithmetic.lane_maximum(load(f32x16, a)))
+    simd.store_i32(out + 8, np.int64(arithmetic.lane_sum(load(i32x16, b))))
+    simd.store_f32(out + 12, arithmetic.lane_sum(load(f32x8, a)))
 
 
 def halved(x: Array) -> np.float32:
@@ -422,22 +424,22 @@ def test_folds(place: int) -> None:
 
 
 @three_integers
-def atomics(cell: int, value: int, out: int) -> None:
-    simd.store_i64(out, simd.atomic_add(cell, value))
-    simd.store_i64(out + 8, simd.atomic_load(cell))
-    simd.atomic_store(cell, 7)
-    simd.pause()
+def shared_words(cell: int, value: int, out: int) -> None:
+    simd.store_i64(out, atomics.atomic_add(cell, value))
+    simd.store_i64(out + 8, atomics.atomic_load(cell))
+    atomics.atomic_store(cell, 7)
+    atomics.pause()
 
 
 def test_atomics() -> None:
     cell, out = np.array([2**40], np.int64), np.zeros(2, np.int64)
-    atomics(cell.ctypes.data, -3, out.ctypes.data)
+    shared_words(cell.ctypes.data, -3, out.ctypes.data)
     assert out.tolist() == [2**40, 2**40 - 3]
     assert cell[0] == 7
 
 
-call_two = simd.function_call(2)
-call_half = simd.function_call(1, types.int32)
+call_two = calls.function_call(2)
+call_half = calls.function_call(1, types.int32)
 
 
 @three_integers

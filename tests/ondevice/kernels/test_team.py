@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import team as team_module
+from ondevice.kernels.atomics import atomic_add, atomic_load, atomic_store, pause
 from ondevice.kernels.layout import (
     ABORT,
     BARRIER,
@@ -25,7 +26,7 @@ from ondevice.kernels.layout import (
     word,
 )
 from ondevice.kernels.operation import operation
-from ondevice.kernels.simd import atomic_add, atomic_load, atomic_store, load_i64, pause, store_i64
+from ondevice.kernels.simd import load_i64, store_i64
 from ondevice.kernels.team import MOST_THREADS, Team
 from quant.errors import Error, ResourceError
 from quant.format import Array

@@ -6,19 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels import tiles
+from ondevice.kernels import probe, products, sums, tiles
+from ondevice.kernels.arithmetic import lane_sum
 from ondevice.kernels.operation import CompiledFunction
-from ondevice.kernels.simd import (
-    f32x16,
-    i16x32,
-    i32x16,
-    lane_sum,
-    load,
-    splat,
-    store,
-    store_i32,
-    u8x64,
-)
+from ondevice.kernels.simd import f32x16, i16x32, i32x16, load, splat, store, store_i32, u8x64
 from ondevice.kernels.tiles import tile1, tile2
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
@@ -48,21 +39,21 @@ SCALES = np.random.default_rng(8).integers(-128, 128, 16).astype(np.int32)
 @three_integers
 def wide(w: int, a: int, out: int) -> None:
     tokens = (a, a + STEP)
-    scale = tiles.dots_scale(load(i32x16, w + 64))
+    scale = sums.dots_scale(load(i32x16, w + 64))
     start = tiles.spread(tile2, tokens, 64, 3)
-    small = tiles.wide_dot(tiles.zero_dots(tile2), load(u8x64, w), tokens, 8)
-    sums = tiles.add_dots(start, small, scale)
-    unscaled = tiles.end_dots(
-        start, tiles.wide_dot(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
+    small = products.wide_dot(tiles.zero_dots(tile2), load(u8x64, w), tokens, 8)
+    added = sums.add_dots(start, small, scale)
+    unscaled = sums.end_dots(
+        start, products.wide_dot(sums.begin_dots(start), load(u8x64, w), tokens, 8)
     )
-    words = tiles.wide_dot_words(start, load(i16x32, w), tokens, 8)
+    words = products.wide_dot_words(start, load(i16x32, w), tokens, 8)
     totals = tiles.zero_floats(tile2)
     one = load(f32x16, w + 128)
-    tiles.store_floats(out, tiles.add_scaled(totals, sums, one, tokens, 68))
-    tiles.store_floats(out + 128, tiles.add_scaled(totals, unscaled, one, tokens, 68))
-    tiles.store_floats(out + 256, tiles.add_scaled(totals, words, one, tokens, 68))
-    more = tiles.add_multiple(unscaled, start, -32)
-    tiles.store_floats(out + 384, tiles.add_scaled(totals, more, one, tokens, 68))
+    tiles.store_floats(out, sums.add_scaled(totals, added, one, tokens, 68))
+    tiles.store_floats(out + 128, sums.add_scaled(totals, unscaled, one, tokens, 68))
+    tiles.store_floats(out + 256, sums.add_scaled(totals, words, one, tokens, 68))
+    more = sums.add_multiple(unscaled, start, -32)
+    tiles.store_floats(out + 384, sums.add_scaled(totals, more, one, tokens, 68))
 
 
 def inputs(codes: Array) -> Array:
@@ -113,10 +104,10 @@ def test_wide(left: Draw, right: Draw) -> None:
 def wide_full(w: int, a: int, out: int) -> None:
     tokens = (a, a + STEP)
     start = tiles.spread_words(tile2, tokens, 72, 1)
-    dots = tiles.wide_dot_bytes(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
-    sums = tiles.end_dots(start, dots)
+    dots = products.wide_dot_bytes(sums.begin_dots(start), load(u8x64, w), tokens, 8)
+    added = sums.end_dots(start, dots)
     ones = load(f32x16, w + 128)
-    totals = tiles.add_scaled(tiles.zero_floats(tile2), sums, ones, tokens, 68)
+    totals = sums.add_scaled(tiles.zero_floats(tile2), added, ones, tokens, 68)
     tiles.store_floats(out, totals)
 
 
@@ -124,10 +115,10 @@ def wide_full(w: int, a: int, out: int) -> None:
 def quad_full(w: int, a: int, out: int) -> None:
     tokens = (a, a + STEP)
     start = tiles.zero_sums(tile2)
-    dots = tiles.quad_dot_bytes(tiles.begin_dots(start), load(u8x64, w), tokens, 8)
-    sums = tiles.fold_quads(tiles.end_dots(start, dots))
+    dots = products.quad_dot_bytes(sums.begin_dots(start), load(u8x64, w), tokens, 8)
+    added = sums.fold_quads(sums.end_dots(start, dots))
     ones = load(f32x16, w + 128)
-    totals = tiles.add_scaled(tiles.zero_floats(tile2), sums, ones, tokens, 68)
+    totals = sums.add_scaled(tiles.zero_floats(tile2), added, ones, tokens, 68)
     tiles.store_floats(out, totals)
 
 
@@ -149,17 +140,17 @@ def quad(w: int, a: int, out: int) -> None:
     tokens = (a,)
     codes, scales = load(u8x64, w), load(i16x32, w + 192)
     start = tiles.zero_sums(tile1)
-    dots = tiles.quad_dot(tiles.zero_dots(tile1), codes, tokens, 8)
-    others = tiles.quad_dot(tiles.zero_dots(tile1), codes, tokens, 24)
-    scaled = tiles.add_two_dots(start, dots, others, scales)
-    plain = tiles.end_dots(start, tiles.quad_dot(tiles.begin_dots(start), codes, tokens, 8))
-    words = tiles.quad_dot_words(start, scales, tokens, 8)
+    dots = products.quad_dot(tiles.zero_dots(tile1), codes, tokens, 8)
+    others = products.quad_dot(tiles.zero_dots(tile1), codes, tokens, 24)
+    scaled = sums.add_two_dots(start, dots, others, scales)
+    plain = sums.end_dots(start, products.quad_dot(sums.begin_dots(start), codes, tokens, 8))
+    words = products.quad_dot_words(start, scales, tokens, 8)
     totals, ones = tiles.zero_floats(tile1), load(f32x16, w + 128)
-    scaled = tiles.add_scaled(totals, tiles.fold_quads(scaled), ones, tokens, 68)
+    scaled = sums.add_scaled(totals, sums.fold_quads(scaled), ones, tokens, 68)
     tiles.store_floats(out, scaled)
-    plain = tiles.add_scaled(totals, tiles.fold_quads(plain), ones, tokens, 68)
+    plain = sums.add_scaled(totals, sums.fold_quads(plain), ones, tokens, 68)
     tiles.store_floats(out + 64, plain)
-    words = tiles.add_scaled(totals, tiles.fold_quads(words), ones, tokens, 68)
+    words = sums.add_scaled(totals, sums.fold_quads(words), ones, tokens, 68)
     tiles.store_floats(out + 128, words)
     tiles.store_apart(scaled, (out + 192,), 0, 8)
     tiles.store_first(scaled, (out + 192,), 4)
@@ -184,9 +175,9 @@ def test_quad(left: Draw, right: Draw) -> None:
 
 
 @three_integers
-def products(w: int, a: int, out: int) -> None:
+def floats_of_two(w: int, a: int, out: int) -> None:
     totals = tiles.load_floats(tile2, out)
-    tiles.store_floats(out, tiles.add_products(totals, load(f32x16, w), (a, a + STEP), 4))
+    tiles.store_floats(out, sums.add_products(totals, load(f32x16, w), (a, a + STEP), 4))
     store(out + 128, load(f32x16, w))
 
 
@@ -196,27 +187,27 @@ def test_products_of_floats() -> None:
     out = np.zeros((3, 16), np.float32)
     out[:2] = random.standard_normal((2, 16))
     expected = out[:2] + w.astype(np.float64) * np.stack([a[1:17], a[33:49]])
-    products(w.ctypes.data, a.ctypes.data, out.ctypes.data)
+    floats_of_two(w.ctypes.data, a.ctypes.data, out.ctypes.data)
     assert abs(out[:2] - expected).max() < 1e-6
     assert (out[2] == w).all()
 
 
 @three_integers
 def peak_dot(w: int, a: int, out: int) -> None:
-    one = splat(tiles.PEAK_TOTAL, 1)
-    total = tiles.peak_dot(one, load(tiles.PEAK_BYTES, w), load(tiles.PEAK_BYTES, a))
+    one = splat(probe.PEAK_TOTAL, 1)
+    total = probe.peak_dot(one, load(probe.PEAK_BYTES, w), load(probe.PEAK_BYTES, a))
     store_i32(out, np.int64(lane_sum(total)))
 
 
 def test_peak_dot() -> None:
-    lanes = tiles.PEAK_BYTES.lanes
+    lanes = probe.PEAK_BYTES.lanes
     w, a = DRAWS["random"](0, 15, lanes), DRAWS["random"](-10, 10, lanes)
-    if lanes == tiles.PEAK_MACS:
+    if lanes == probe.PEAK_MACS:
         expected = (w * a).sum()
     else:  # the product of a 2 x 8 matrix and an 8 x 2 one
         expected = (w.reshape(2, 8) @ a.reshape(2, 8).T).sum()
-        assert tiles.PEAK_MACS == 2 * 8 * 2
-    expected += tiles.PEAK_TOTAL.lanes
+        assert probe.PEAK_MACS == 2 * 8 * 2
+    expected += probe.PEAK_TOTAL.lanes
     out = np.zeros(1, np.int32)
     codes = [w.astype(np.uint8), a.astype(np.int8)]
     peak_dot(codes[0].ctypes.data, codes[1].ctypes.data, out.ctypes.data)

@@ -1,0 +1,325 @@
+"""The sums of a tile scaled, and folded to one number for each row.
+
+`add_dots` and `add_two_dots` turn dots, in the form that the machine gives them (kernels/tiles.py),
+into int32 sums, times integer scales; `add_scaled` and its like add those to float32 totals, by one
+fma each. Folds add lanes in a fixed order.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ondevice.kernels.products import add_word_pairs, by_registers, dot_pairs
+from ondevice.kernels.simd import (
+    F32,
+    I16,
+    I32,
+    broadcast,
+    call,
+    constant,
+    f32x16,
+    i16x32,
+    i32x4,
+    i32x16,
+    join,
+    llvm_type,
+    load_from,
+    part,
+    shuffle_lanes,
+)
+from ondevice.kernels.tiles import (
+    BIASED,
+    DOTS,
+    HAS_VNNI_512,
+    PAIRED,
+    Tile,
+    addresses_of,
+    places_of,
+    tile_of,
+    vectors_of,
+)
+
+
+@intrinsic
+def begin_dots(typing: Any, sums: Any) -> Any:
+    """Dots that go on from unscaled sums; `end_dots` takes both."""
+    tile = Tile(DOTS, sums.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(context.get_value_type(tile), None) if PAIRED else args[0]
+
+    return tile(sums), lower
+
+
+@intrinsic
+def end_dots(typing: Any, sums: Any, dots: Any) -> Any:
+    """The sums that dots began from plus what they came to."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not PAIRED:
+            return args[1]
+        ones = broadcast(builder, constant(I16, 1), 32)
+        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+        return tile_of(builder, [builder.add(x, dot_pairs(builder, y, ones)) for x, y in pairs])
+
+    return sums(sums, dots), lower
+
+
+@intrinsic
+def dots_scale(typing: Any, value: Any) -> Any:
+    """i32x16 of int16 numbers -> the form in which `add_dots` takes scales."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not PAIRED:
+            return args[0]
+        low = builder.and_(args[0], broadcast(builder, constant(I32, 0xFFFF), 16))
+        high = builder.shl(args[0], broadcast(builder, constant(I32, 16), 16))
+        return builder.or_(low, high)
+
+    return i32x16(i32x16), lower
+
+
+@intrinsic
+def add_dots(typing: Any, sums: Any, dots: Any, scale: Any) -> Any:
+    """sums + dots * scale, an i32x16 from `dots_scale`."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+        for total, vector in pairs:
+            if PAIRED:
+                factors = builder.bitcast(args[2], ir.VectorType(I16, 32))
+                scaled = dot_pairs(builder, vector, factors)
+            else:
+                scaled = builder.mul(vector, args[2])
+            result.append(builder.add(total, scaled))
+        return tile_of(builder, result)
+
+    return sums(sums, dots, i32x16), lower
+
+
+@intrinsic
+def add_two_dots(typing: Any, sums: Any, first: Any, second: Any, scales: Any) -> Any:
+    """sums + first * its scale + second * its, of quads.
+
+    scales i16x32: in a quarter, four times the first's and four times the second's. A dot's lanes
+    must fit int16, which 8 codes of up to 31 do, and 4 of up to 63.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def vnni(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            lanes = total.type.count
+            name = {16: "avx512.packssdw.512", 8: "avx2.packssdw"}[lanes]
+            kind = ir.VectorType(I16, 2 * lanes)
+            both = call(builder, f"llvm.x86.{name}", kind, [x, y])
+            name = f"llvm.x86.avx512.vpdpwssd.{lanes * 32}"
+            return call(builder, name, total.type, [total, both, factors])
+
+        def paired(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            for dots, place in ((x, 0), (y, 4)):
+                lanes = [lane // 8 * 8 + place for lane in range(dots.type.count)]
+                scale = shuffle_lanes(builder, factors, factors, lanes)
+                total = builder.add(total, add_word_pairs(builder, dots, scale))
+            return total
+
+        def other(total: Any, x: Any, y: Any, factors: Any) -> Any:
+            for dots, place in ((x, 0), (y, 4)):
+                scale = builder.sext(part(builder, factors, place, 4), total.type)
+                total = builder.add(total, builder.mul(dots, scale))
+            return total
+
+        result = []
+        columns = (vectors_of(builder, tile) for tile in args[:3])
+        for total, x, y in zip(*columns, strict=True):
+            if BIASED and not HAS_VNNI_512:
+                halves = []
+                for i in range(2):
+                    sizes = [
+                        (operand, operand.type.count // 2) for operand in (total, x, y, args[3])
+                    ]
+                    halves.append(vnni(*(part(builder, v, i * n, n) for v, n in sizes)))
+                result.append(join(builder, halves))
+            elif BIASED:
+                result.append(vnni(total, x, y, args[3]))
+            else:
+                result.append(
+                    by_registers(builder, paired if PAIRED else other, total, x, y, args[3])
+                )
+        return tile_of(builder, result)
+
+    return sums(sums, first, first, i16x32), lower
+
+
+@intrinsic
+def add_multiple(typing: Any, sums: Any, others: Any, factor: Any) -> Any:
+    """sums + others * factor, a small constant."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        factor = broadcast(builder, builder.trunc(args[2], I32), 16)
+        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+        return tile_of(builder, [builder.add(x, builder.mul(y, factor)) for x, y in pairs])
+
+    return sums(sums, sums, types.int64), lower
+
+
+@intrinsic
+def fold_quads(typing: Any, sums: Any) -> Any:
+    """Each lane becomes the sum of the four lanes of its quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for total in vectors_of(builder, args[0]):
+            for distance in (1, 2):
+                lanes = [lane ^ distance for lane in range(16)]
+                total = builder.add(total, shuffle_lanes(builder, total, total, lanes))
+            result.append(total)
+        return tile_of(builder, result)
+
+    return sums(sums), lower
+
+
+@intrinsic
+def fold_four(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The sums of the quarters of four tiles: lane i of a quarter is that of the i-th tile."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def halved(x: Any, y: Any) -> Any:
+            first = [lane + 16 * other for lane in (0, 1) for other in (0, 1)]
+            lanes = [4 * quarter + lane for quarter in range(4) for lane in first]
+            low = shuffle_lanes(builder, x, y, lanes)
+            high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
+            return builder.add(low, high)
+
+        result = []
+        for x, y, z, w in zip(*(vectors_of(builder, tile) for tile in args), strict=True):
+            # lanes of a quarter: x, y, x, y and z, w, z, w
+            xy, zw = halved(x, y), halved(z, w)
+            lanes = [4 * q + lane for q in range(4) for lane in (0, 1, 16, 17)]
+            low = shuffle_lanes(builder, xy, zw, lanes)
+            high = shuffle_lanes(builder, xy, zw, [lane + 2 for lane in lanes])
+            result.append(builder.add(low, high))
+        return tile_of(builder, result)
+
+    return a(a, a, a, a), lower
+
+
+@intrinsic
+def turn_quads(typing: Any, sums: Any) -> Any:
+    """Lane i of quarter j becomes lane j of quarter i."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane % 4 * 4 + lane // 4 for lane in range(16)]
+        vectors = vectors_of(builder, args[0])
+        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return sums(sums), lower
+
+
+@intrinsic
+def add_quarters(typing: Any, sums: Any) -> Any:
+    """The sum of the four quarters: a tile of i32x4."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for x in vectors_of(builder, args[0]):
+            eight = builder.add(part(builder, x, 0, 8), part(builder, x, 8, 8))
+            result.append(builder.add(part(builder, eight, 0, 4), part(builder, eight, 4, 4)))
+        return tile_of(builder, result)
+
+    return Tile(i32x4, sums.count)(sums), lower
+
+
+def _four_by_quarter(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> ir.Value:
+    """Four values at address, each in all lanes of a quarter."""
+    four = load_from(builder, address, ir.VectorType(kind, 4))
+    return shuffle_lanes(builder, four, four, [lane // 4 for lane in range(16)])
+
+
+@intrinsic
+def add_by_quarter(typing: Any, sums: Any, rows: Any, offset: Any, factor: Any) -> Any:
+    """sums + factor times the tokens' four int32 there, one for each quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        factor = broadcast(builder, builder.trunc(args[3], I32), 16)
+        places = places_of(builder, args[1], args[2])
+        result = []
+        for place, total in zip(places, vectors_of(builder, args[0]), strict=True):
+            surplus = builder.mul(_four_by_quarter(builder, place, I32), factor)
+            result.append(builder.add(total, surplus))
+        return tile_of(builder, result)
+
+    return sums(sums, addresses_of(sums), types.int64, types.int64), lower
+
+
+@intrinsic
+def add_in_turn(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+    """As four `add_scaled` of f32x4, one for each quarter, with the token's floats from there."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(f32x16)
+        places = places_of(builder, args[3], args[4])
+        values = zip(
+            places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
+        )
+        result = []
+        for place, total, integers in values:
+            scales = builder.fmul(args[2], _four_by_quarter(builder, place, F32))
+            numbers = builder.sitofp(integers, kind)
+            for quarter in range(0, 16, 4):
+                operands = [part(builder, numbers, quarter, 4), part(builder, scales, quarter, 4)]
+                total = call(builder, "llvm.fma.v4f32", total.type, [*operands, total])
+            result.append(total)
+        return tile_of(builder, result)
+
+    return totals(totals, sums, f32x16, addresses_of(sums), types.int64), lower
+
+
+@intrinsic
+def by_quarter(typing: Any, fours: Any) -> Any:
+    """A tile of f32x4 -> a tile of f32x16: lane i in all lanes of quarter i."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane // 4 for lane in range(16)]
+        vectors = vectors_of(builder, args[0])
+        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return Tile(f32x16, fours.count)(fours), lower
+
+
+@intrinsic
+def add_scaled(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+    """totals + float(sums) * (factor * the token's float at its address + offset), by one fma."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(factor)
+        result = []
+        places = places_of(builder, args[3], args[4])
+        values = zip(
+            places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
+        )
+        for place, total, integers in values:
+            scale = broadcast(builder, load_from(builder, place, F32), factor.lanes)
+            operands = [builder.sitofp(integers, kind), builder.fmul(args[2], scale), total]
+            name = f"llvm.fma.v{factor.lanes}f32"
+            result.append(call(builder, name, kind, operands))
+        return tile_of(builder, result)
+
+    return totals(totals, sums, factor, addresses_of(sums), types.int64), lower
+
+
+@intrinsic
+def add_products(typing: Any, totals: Any, weights: Any, rows: Any, offset: Any) -> Any:
+    """totals + weights (f32x16) * the token's 16 floats at its address + offset, by one fma."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = llvm_type(f32x16)
+        places = places_of(builder, args[2], args[3])
+        result = []
+        for place, total in zip(places, vectors_of(builder, args[0]), strict=True):
+            operands = [args[1], load_from(builder, place, kind), total]
+            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
+        return tile_of(builder, result)
+
+    return totals(totals, f32x16, addresses_of(totals), types.int64), lower
