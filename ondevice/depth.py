@@ -68,6 +68,7 @@ class Depth:
         self._tokens = 0
         self._rested = 0
         self._earned = 0.0
+        self._ready = False
 
     def choose(self) -> int:
         """Tokens to guess in the next burst."""
@@ -116,8 +117,16 @@ class Depth:
         return self.tokens(depth) / (cost * self._pace) if cost else 0.0
 
     def charge(self, seconds: float) -> None:
-        """Time that went into getting ready to guess."""
-        self._earned -= seconds
+        """Time that went into getting ready to guess.
+
+        The first time the block's weights may come from disk, which says nothing of later ones.
+        """
+        plain = self._cost[0]
+        if self._ready or plain is None:
+            self._earned -= seconds
+        else:
+            self._earned -= min(seconds, self._pace * plain)
+        self._ready = True
 
     def note(self, depth: int, tokens: int, seconds: float, figures: Any) -> None:
         """What a burst came to: tokens, seconds, and where tokens were guessed, what was added to

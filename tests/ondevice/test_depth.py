@@ -154,6 +154,15 @@ def test_bursts_without_tokens_say_nothing() -> None:
     assert depth.choose() == 0 and depth.rate(0) == depth.rate(3) == 0
 
 
+def test_weights_from_disk_at_first_do_not_keep_it_from_guessing() -> None:
+    depth = Depth("auto")
+    USEFUL.run(depth, 20)
+    depth.charge(3.0)
+    USEFUL.run(depth, 600)
+    relative = USEFUL.run(depth, 1000)
+    assert 1 / relative >= 0.9 * max(map(USEFUL.rate, range(PLACES + 1))) / USEFUL.rate(0)
+
+
 def test_another_machine_is_noticed() -> None:
     """What was learned while something else ran does not stand for long."""
     depth = Depth("auto")
