@@ -1,4 +1,6 @@
-"""Reading a file past the page cache, in whole blocks of BLOCK bytes, and how fast that goes."""
+"""Reading a file past the page cache, in whole blocks of BLOCK bytes, and how fast that goes; and
+having the page cache filled before it is needed.
+"""
 
 import contextlib
 import mmap
@@ -25,6 +27,8 @@ STEADY = 0.1
 """How far apart the medians of the two halves of the windows that count may be."""
 SLABS = 16
 """Pieces of memory that each reader reads into by turns."""
+STRETCH = 8 << 20
+"""Bytes that the page cache is asked to read at a time."""
 SUPPORTED = hasattr(os, "preadv")
 """Whether files can be read like this here: not on Windows so far."""
 
@@ -50,6 +54,30 @@ def open_direct(path: Path) -> int:
         return number
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_ahead(parts: Sequence[tuple[Path, int, int]]) -> threading.Thread | None:
+    """Have the page cache read (file, first byte, bytes), in a thread; None where it cannot.
+
+    Mapped pages would come one by one as they are touched, each a wait for the disk.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    thread = threading.Thread(target=_ask, args=(parts,), name="ondevice-read-ahead", daemon=True)
+    thread.start()
+    return thread
+
+
+def _ask(parts: Sequence[tuple[Path, int, int]]) -> None:
+    for path, begin, nbytes in parts:
+        with contextlib.suppress(OSError):  # whoever needs it will say what is wrong
+            number = os.open(path, os.O_RDONLY)
+            try:
+                for at in range(begin, begin + nbytes, STRETCH):
+                    size = min(STRETCH, begin + nbytes - at)
+                    os.posix_fadvise(number, at, size, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(number)
 
 
 def bandwidth(path: Path, piece: int, readers: int) -> float:

@@ -9,12 +9,14 @@ only time is at stake, and that is depth.py's business.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ondevice.config import Config
 from ondevice.depth import Depth
+from ondevice.disk import read_ahead
 from ondevice.experts import Pool
 from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.ahead import MOST_DRAFTS, ring_rows
@@ -107,6 +109,7 @@ class Ahead:
         self._result = result
         self.programs: tuple[Program, ...] = ()
         self.head: Head | None = None
+        self._unread: list[tuple[Path, int, int]] = []  # where weights may be on disk alone
         self.hidden: Operations | None = None
         program = Program(1, threads)
         program.add(ahead.settled)
@@ -138,6 +141,10 @@ class Ahead:
         remember(program, self.record, h.floats, config.hidden)
         self.hidden = program.take()
         self.head = head(program, config, weights, x, kv, pool, self._address)
+        if pool is None:
+            block = f"blk.{config.layers}."
+            tensors = [t for name, t in weights.tensors.items() if name.startswith(block)]
+            self._unread = [(t.path, t.offset, t.nbytes) for t in tensors]
         self.programs = self.head.programs
         control = Program(1, self._threads)
         nothing_new = self._address + WORD * ahead.NOTHING_NEW
@@ -166,7 +173,13 @@ class Ahead:
     # ---- a state ----
 
     def prepare(self, model: "Model", state: State) -> None:
-        """Give a state what guessing ahead needs."""
+        """Give a state what guessing ahead needs; the first time, have the block's weights read.
+
+        Plain decoding brings the trunk into memory, but nothing of the block.
+        """
+        if self._unread:
+            read_ahead(self._unread)
+            self._unread = []
         if state.journal is not None:
             return
         try:

@@ -25,6 +25,37 @@ def test_what_is_read_is_there(tmp_path: Path) -> None:
         os.close(number)
 
 
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="no way to see the page cache")
+def test_the_page_cache_is_filled_ahead(tmp_path: Path) -> None:
+    """A file that is gone is passed over: whoever needs it will say so."""
+    path = tmp_path / "file"
+    nbytes = 3 * disk.STRETCH + 5000
+    with path.open("wb") as file:
+        file.write(bytes(nbytes))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def cached(at: int) -> bool:
+        with path.open("rb") as file:
+            try:
+                return os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
+                return False
+
+    if cached(disk.STRETCH):
+        pytest.skip("this file system keeps what it is told to drop")
+    thread = disk.read_ahead(
+        [(tmp_path / "none", 0, 1), (path, disk.STRETCH, nbytes - disk.STRETCH)]
+    )
+    assert thread is not None
+    thread.join()
+    end = time.monotonic() + 10
+    while not all(map(cached, (disk.STRETCH, 2 * disk.STRETCH, nbytes - 1))):
+        assert time.monotonic() < end
+    assert not cached(0)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot be read"):
         disk.open_direct(tmp_path / "none")
