@@ -5,11 +5,12 @@
 
 Both programs run in processes of their own, on the same threads, with the file mapped. After a
 round to warm up they are measured by turns; before each round the file is read once, since the
-kernel may have dropped pages of it. llama.cpp takes part twice: as it comes, with most weights
-copied into layouts of its own, and in the file's layout alone; the faster one counts. A turn reads
-a prompt of random tokens, which ends with the logits after its last one, and writes on, greedily;
-llama.cpp takes in the same tokens and has none to choose. The table has the medians of all rounds.
-Read bandwidth and int8 peak are measured between the runs of each round (ondevice/bench.py).
+kernel may have dropped pages of it, into large pages where the system has them for files. llama.cpp
+takes part twice: as it comes, with most weights copied into layouts of its own, and in the file's
+layout alone; the faster one counts. A turn reads a prompt of random tokens, which ends with the
+logits after its last one, and writes on, greedily; llama.cpp takes in the same tokens and has none
+to choose. The table has the medians of all rounds. Read bandwidth and int8 peak are measured
+between the runs of each round (ondevice/bench.py).
 
 Each file becomes a section of docs/benchmarks.md, in the place of an earlier one of the same name.
 `--peer-python` names the interpreter whose llama_cpp is used. For a fair `--features avx2`, that
@@ -25,6 +26,7 @@ average before it began.
 
 import argparse
 import datetime
+import mmap
 import os
 import platform
 import re
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worker import ROOT, Worker, WorkerFailed
+from ondevice.gguf_file import GGUFFile
 from quant.errors import Error
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -52,7 +55,6 @@ DECODE, PREFILL, SHORT = (512, 64), (512, 64), (64, 1)
 EMPTY = (1, 64)
 OURS, PEERS = "ondevice", {"own": "llama.cpp", "file": "llama.cpp, file's layout"}
 DEEP_ROUNDS = 3  # each takes minutes
-READ_AT_ONCE = 8 << 20
 AVX2 = (
     *("64bit", "cx8", "cmov", "fxsr", "mmx", "sse", "sse2", "sse3", "ssse3", "sse4.1", "sse4.2"),
     *("popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt"),
@@ -146,11 +148,11 @@ def compare(path: Path, arguments: argparse.Namespace, say: Callable[[str], None
 
 
 def read(path: Path) -> None:
-    """Read a file to its end, so that it is in the page cache."""
-    buffer = bytearray(READ_AT_ONCE)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    """Read a file to its end, so that it is in the page cache, in pages as large as a model's."""
+    with GGUFFile.open(path) as file:
+        file.want_large_pages()
+        for tensor in file.tensors.values():
+            tensor.data[:: mmap.PAGESIZE].max()
 
 
 def section(

@@ -3,6 +3,7 @@ having the page cache filled before it is needed.
 """
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ondevice.kernels.store import BLOCK
 from quant.errors import ResourceError
+from quant.format import Array
 
 PROBE_BYTES = 320 << 20
 """How much of a file is read by a probe, again and again."""
@@ -29,6 +31,8 @@ SLABS = 16
 """Pieces of memory that each reader reads into by turns."""
 STRETCH = 8 << 20
 """Bytes that the page cache is asked to read at a time."""
+WILL_NEED, POPULATE_READ = 3, 22  # madvise(2); the second since Linux 5.14
+HAS_POPULATE = sys.platform == "linux"
 SUPPORTED = hasattr(os, "preadv")
 """Whether files can be read like this here: not on Windows so far."""
 
@@ -56,28 +60,30 @@ def open_direct(path: Path) -> int:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_ahead(parts: Sequence[tuple[Path, int, int]]) -> threading.Thread | None:
-    """Have the page cache read (file, first byte, bytes), in a thread; None where it cannot.
+def read_ahead(mapped: Sequence[Array]) -> threading.Thread | None:
+    """Have these bytes of mapped files in memory, in a thread; None where there is no way to.
 
-    Mapped pages would come one by one as they are touched, each a wait for the disk.
+    By themselves pages come one by one as they are touched, each a wait for the disk. Nothing is
+    said of what cannot be read: whoever needs it will.
     """
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform == "win32":
         return None
-    thread = threading.Thread(target=_ask, args=(parts,), name="ondevice-read-ahead", daemon=True)
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+    def ask() -> None:
+        for data in mapped:
+            begin = data.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+            end = data.ctypes.data + data.nbytes
+            for at in range(begin, end, STRETCH):
+                size = min(STRETCH, end - at)
+                # in large pages, where the mapping wants them
+                if not HAS_POPULATE or advise(at, size, POPULATE_READ):
+                    advise(at, size, WILL_NEED)
+
+    thread = threading.Thread(target=ask, name="ondevice-read-ahead", daemon=True)
     thread.start()
     return thread
-
-
-def _ask(parts: Sequence[tuple[Path, int, int]]) -> None:
-    for path, begin, nbytes in parts:
-        with contextlib.suppress(OSError):  # whoever needs it will say what is wrong
-            number = os.open(path, os.O_RDONLY)
-            try:
-                for at in range(begin, begin + nbytes, STRETCH):
-                    size = min(STRETCH, begin + nbytes - at)
-                    os.posix_fadvise(number, at, size, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(number)
 
 
 def bandwidth(path: Path, piece: int, readers: int) -> float:

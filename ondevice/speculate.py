@@ -9,7 +9,6 @@ only time is at stake, and that is depth.py's business.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,7 +108,7 @@ class Ahead:
         self._result = result
         self.programs: tuple[Program, ...] = ()
         self.head: Head | None = None
-        self._unread: list[tuple[Path, int, int]] = []  # where weights may be on disk alone
+        self._unread: list[Array] = []  # mapped weights that may be on disk alone
         self.hidden: Operations | None = None
         program = Program(1, threads)
         program.add(ahead.settled)
@@ -143,8 +142,8 @@ class Ahead:
         self.head = head(program, config, weights, x, kv, pool, self._address)
         if pool is None:
             block = f"blk.{config.layers}."
-            tensors = [t for name, t in weights.tensors.items() if name.startswith(block)]
-            self._unread = [(t.path, t.offset, t.nbytes) for t in tensors]
+            tensors = weights.tensors.items()
+            self._unread = [tensor.data for name, tensor in tensors if name.startswith(block)]
         self.programs = self.head.programs
         control = Program(1, self._threads)
         nothing_new = self._address + WORD * ahead.NOTHING_NEW
