@@ -314,7 +314,7 @@ def main() -> None:
         nargs="*",
         choices=PEERS,
         default=list(PEERS),
-        help="llama.cpp's weights: copied into its own layouts, as in the file; without any: not run",
+        help="llama.cpp's weights: in its own layouts, as in the file; without any: not run",
     )
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
