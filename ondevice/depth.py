@@ -53,10 +53,9 @@ class Depth:
         self._least = 1 if mode == "on" else 0
         self._best = self._least
         self._cost: list[float | None] = [None] * (PLACES + 1)  # of a cycle
-        self._weight = [0.0] * (PLACES + 1)  # cycles behind a cost
         self._pace, self._pace_weight = 1.0, 0.0  # seconds per unit of cost
         self._before = 0.0  # seconds of a cycle of the burst before a trial
-        self._tried: tuple[int, int, float] | None = None  # depth, cycles, seconds of a cycle
+        self._tried: tuple[int, float] | None = None  # depth, seconds of a cycle
         self._right = [PRIOR * PRIOR_WEIGHT] * PLACES
         self._compared = [PRIOR_WEIGHT] * PLACES
         self._drafting = 1.0
@@ -68,7 +67,7 @@ class Depth:
         self._tokens = 0
         self._rested = 0
         self._earned = 0.0
-        self._ready = False
+        self._charged = False
 
     def choose(self) -> int:
         """Tokens to guess in the next burst."""
@@ -119,14 +118,13 @@ class Depth:
     def charge(self, seconds: float) -> None:
         """Time that went into getting ready to guess.
 
-        The first time the block's weights may come from disk, which says nothing of later ones.
+        The first time weights may come from disk, which says nothing of later ones.
         """
         plain = self._cost[0]
-        if self._ready or plain is None:
-            self._earned -= seconds
-        else:
-            self._earned -= min(seconds, self._pace * plain)
-        self._ready = True
+        if not self._charged and plain is not None:
+            seconds = min(seconds, self._pace * plain)
+        self._charged = True
+        self._earned -= seconds
 
     def note(self, depth: int, tokens: int, seconds: float, figures: Any) -> None:
         """What a burst came to: tokens, seconds, and where tokens were guessed, what was added to
@@ -170,7 +168,7 @@ class Depth:
         self._trial_cycles += cycles
         self._trial_seconds += seconds
         if self._trial_left <= 0:
-            self._tried = depth, self._trial_cycles, self._trial_seconds / self._trial_cycles
+            self._tried = depth, self._trial_seconds / self._trial_cycles
             self._trial, self._rested = None, 0
 
     def _learn_cost(self, after: float) -> None:
@@ -178,16 +176,12 @@ class Depth:
         base = self._cost[self._best]
         if self._tried is None or base is None:
             return
-        depth, cycles, each = self._tried
-        self._tried = None
+        (depth, each), self._tried = self._tried, None
         now = base * each / ((self._before + after) / 2)
         usual = self._cost[depth]
-        if usual is None:
-            self._cost[depth], self._weight[depth] = now, cycles
-            return
-        now = min(max(now, usual / CLIP), usual * CLIP)
-        self._weight[depth] = min(self._weight[depth], cycles) + cycles
-        self._cost[depth] = usual + cycles / self._weight[depth] * (now - usual)
+        if usual is not None:
+            now = (usual + min(max(now, usual / CLIP), usual * CLIP)) / 2
+        self._cost[depth] = now
 
     def _learn_pace(self, depth: int, cycles: int, each: float) -> None:
         now = each / (self._cost[depth] or each)

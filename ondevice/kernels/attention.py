@@ -1,4 +1,4 @@
-"""Gated grouped-query attention with partial rotary embedding, over keys and values in half floats.
+"""Gated grouped-query attention with partial rotary embedding, over cached keys and values.
 
     q, k = rope(norm(q)), rope(norm(k))       rope turns the first `rope` of `size` dimensions,
                                               pairing i with i + rope / 2 (Su et al., 2021)
