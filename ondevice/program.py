@@ -9,6 +9,7 @@ have theirs. How much memory they share is known when everything is written down
 written for batches of one token first, and then, with that one's `stage_bytes`, for good.
 """
 
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ from ondevice.weights import Matrix
 from quant.format import Array
 
 LINE = 64
+BLOCKS = {activation.PER_256: 256, activation.PER_32: 32}
+"""Numbers of a block of each kind of record."""
 OWN_PAGES = 128 << 10
 HUGE_PAGES = 4 << 20
 """Bytes from which on memory is asked for in pages of its own; in huge ones, as NumPy does."""
@@ -47,6 +50,8 @@ TASKS_PER_THREAD = 24
 """Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
 SHARES_PER_THREAD = 8
 """As many of an operation on many small things, which no task should have only a few of."""
+HEAD_TASKS_PER_THREAD = 2
+"""Tasks for a token's heads: what another thread has made takes long to come."""
 PARTS_PER_THREAD = 4
 """A run of rows is one of so many parts for each thread of what is left: some may be slow."""
 SHORTEST_RUN = 128 << 10
@@ -494,6 +499,17 @@ class Program:
     def share(self, count: int, unit: int = 1) -> int:
         """How many of `count` small things a task takes, in whole units."""
         return max(unit, count // (SHARES_PER_THREAD * self.threads) // unit * unit)
+
+    def heads_of_task(self, x: Activation, heads: int) -> int:
+        """How many of the heads that x holds side by side a task takes, when tokens are few.
+
+        They are whole blocks of x's records, and a divisor of all heads.
+        """
+        block = max((BLOCKS[kind] for kind in x.records), default=1)
+        unit = block // math.gcd(block, x.columns // heads)
+        most = HEAD_TASKS_PER_THREAD * self.threads
+        divisors = (n for n in range(unit, heads + 1, unit) if heads % n == 0)
+        return next((n for n in divisors if heads // n <= most), heads)
 
 
 def record_arguments(x: Activation) -> tuple[int, int, int, int]:

@@ -81,12 +81,12 @@ def quantize_group(x, size, codes):
 
 
 @inner
-def quantize_per_256(x, columns, record):
-    """x (columns,) f32 at an address -> the per-256 record at `record`."""
+def quantize_per_256(x, columns, start, end, record):
+    """Columns start .. end of x (columns,) f32 at an address -> those of its record."""
     scales = record + columns
     sums = scales + columns // 256 * 4
     wide_sums = sums + columns // 16 * 2
-    for b in range(columns // 256):
+    for b in range(start // 256, end // 256):
         codes = record + 256 * b
         store_f32(scales + 4 * b, quantize_group(x + 1024 * b, 256, codes))
         for i in range(8):
@@ -103,11 +103,11 @@ def code_sum(codes):
 
 
 @inner
-def quantize_per_32(x, columns, record):
-    """x (columns,) f32 at an address -> the per-32 record at `record`."""
+def quantize_per_32(x, columns, start, end, record):
+    """Columns start .. end of x (columns,) f32 at an address -> those of its record."""
     scales = record + columns
     sums = scales + columns // 32 * 4
-    for b in range(columns // 32):
+    for b in range(start // 32, end // 32):
         codes = record + 32 * b
         scale = quantize_group(x + 128 * b, 32, codes)
         store_f32(scales + 4 * b, scale)
@@ -116,12 +116,18 @@ def quantize_per_32(x, columns, record):
 
 
 @inner
+def quantize_columns(x, columns, start, end, per_256, per_32):
+    """Fill columns start .. end, whole blocks, of the records whose address is not 0."""
+    if per_256 != 0:
+        quantize_per_256(x, columns, start, end, per_256)
+    if per_32 != 0:
+        quantize_per_32(x, columns, start, end, per_32)
+
+
+@inner
 def quantize_row(x, columns, per_256, per_32):
     """Fill the records whose address is not 0."""
-    if per_256 != 0:
-        quantize_per_256(x, columns, per_256)
-    if per_32 != 0:
-        quantize_per_32(x, columns, per_32)
+    quantize_columns(x, columns, 0, columns, per_256, per_32)
 
 
 @inner

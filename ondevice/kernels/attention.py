@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ondevice.kernels import cache_i16, cache_q8_0
-from ondevice.kernels.activation import exponential_2, quantize_row, sigmoid
+from ondevice.kernels.activation import exponential_2, quantize_columns, sigmoid
 from ondevice.kernels.arithmetic import fma, lane_maximum
 from ondevice.kernels.cache import (
     BLOCK,
@@ -53,7 +53,7 @@ from ondevice.kernels.layout import (
     argument,
     word,
 )
-from ondevice.kernels.norm import normalize
+from ondevice.kernels.norm import heads_of_task, normalize
 from ondevice.kernels.operation import CompiledFunction, operation
 from ondevice.kernels.rows import ROWS
 from ondevice.kernels.simd import (
@@ -259,19 +259,21 @@ def divide_row(x, total, size, target):
 
 
 @operation
-def attention_output(op, step, t, scratch):
-    """A token's outputs times sigmoid(gate), as floats and as int8 records.
+def attention_output(op, step, task, scratch):
+    """Outputs of a token's heads times sigmoid(gate), as floats and as int8 records.
 
-    (q, bytes, heads, size, out, bytes, partial results, per_256, bytes, per_32, bytes)
+    (q, bytes, heads, size, out, bytes, partial results, per_256, bytes, per_32, bytes,
+     heads of a task where tokens are few)
     """
     q, q_bytes, heads, size = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
     out, out_bytes, partials = argument(op, 4), argument(op, 5), argument(op, 6)
     per_256, per_256_bytes = argument(op, 7), argument(op, 8)
     per_32, per_32_bytes = argument(op, 9), argument(op, 10)
+    t, begin, end = heads_of_task(step, task, heads, argument(op, 11))
     width, row = (size + 31) // 32 * 32, out + t * out_bytes
     positions = word(step, POSITION) + t + 1
     length = chunk_length(positions)
-    for head in range(heads):
+    for head in range(begin, end):
         target = row + 4 * size * head
         if word(step, COUNT) <= BLOCK:
             # merged into the first part
@@ -288,7 +290,7 @@ def attention_output(op, step, t, scratch):
             store_some(target + 4 * c, load_some(target + 4 * c, left) * openness, left)
     at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
     at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
-    quantize_row(row, heads * size, at_256, at_32)
+    quantize_columns(row, heads * size, begin * size, end * size, at_256, at_32)
 
 
 @operation

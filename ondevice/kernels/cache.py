@@ -33,7 +33,16 @@ from ondevice.kernels.arithmetic import (
 )
 from ondevice.kernels.dot.tile import ByLayout, ask
 from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
-from ondevice.kernels.simd import f32x16, load, load_f32, load_some, splat, store, zero
+from ondevice.kernels.simd import (
+    f32x16,
+    load,
+    load_f32,
+    load_some,
+    prefetch,
+    splat,
+    store,
+    zero,
+)
 from quant.jit import inner
 
 TILE = 128
@@ -41,6 +50,7 @@ GROUP = 16  # positions whose keys lie side by side
 BLOCK = 8  # most tokens that go over a tile together
 PARTS = 16  # most chunks of a token
 SHORTEST = 256  # positions of a chunk
+NEAR = 1024  # bytes ahead, in the first-level cache, of what one token reads
 LOWEST = np.float32(-1e30)
 LEAST = np.float32(1e-38)
 
@@ -148,10 +158,11 @@ def take_queries(kind, rows, width, x, size, used):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def score(kind, rows, width, tile, group, both, ahead):
+def score(kind, rows, width, tile, group, both, later):
     """Products of ROWS queries with a group of 16 keys, or with two of them, to `shares`.
 
-    Memory `ahead` bytes later is asked for, unless that is 0.
+    Beside two of them as much memory as they take is asked for from `later` on, unless that is 0.
+    Returns where to go on.
     """
     raise NotImplementedError("only inside compiled kernels")
 
@@ -171,8 +182,11 @@ def store_shares(kind, row, place, codes):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def add_values(kind, rows, width, c, count, tile, ahead):
-    """Outputs of dimensions c .. c + 31: times the factors, plus shares times values."""
+def add_values(kind, rows, width, c, count, tile, later):
+    """Outputs of dimensions c .. c + 31: times the factors, plus shares times values.
+
+    `later` and what is returned are as for `score`.
+    """
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -189,10 +203,10 @@ STORE_SHARES, ADD_VALUES = ByLayout(store_shares), ByLayout(add_values)
 
 
 @inner
-def share_out(kind, rows, width, count, tile, scale):
+def share_out(kind, rows, width, count, tile, scale, later):
     """Scores of a tile to whole numbers; `worth` becomes what one of them is worth.
 
-    scale: of the scores, to units of ln 2.
+    scale: of the scores, to units of ln 2. `later` and what is returned are as for `score`.
     """
     numbers = numbers_of(rows, width)
     maxima, sums, factors, worth = numbers, numbers + 64, numbers + 128, numbers + 192
@@ -222,6 +236,8 @@ def share_out(kind, rows, width, count, tile, scale):
                 share = first_lanes(share, count - p, np.float32(0))
                 worthy = first_lanes(worthy, count - p, np.float32(0))
             store(row + 4 * p, worthy)
+            if later > 0:
+                prefetch(later + 4 * TILE * r + 4 * p)
             total, weight = total + share, weight + worthy
             greatest = maximum(greatest, worthy)
         store(parts + 64 * r, greatest)
@@ -238,6 +254,7 @@ def share_out(kind, rows, width, count, tile, scale):
         for p in range(0, TILE, 16):
             codes = nearest_integers(load(f32x16, row + 4 * p) * inverse)
             store_shares(kind, row, p, codes)
+    return later + 4 * TILE * ROWS if later > 0 else 0
 
 
 @inner
@@ -255,11 +272,13 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     """
     width = (size + 31) // 32 * 32
     item = bytes_of_set(width)
-    # one token asks for what lies a tile further on, several for the next tile a piece at a time
-    ahead = tile_bytes(kind, width) if count == 1 else 0
-    steps = per_token * count * (TILE // GROUP // 2 + 1 + width // 32)
-    piece = 0 if count == 1 else (tile_bytes(kind, width) // steps + 63) // 64 * 64
+    # memory is asked for the next tile: with one set a line or two beside each step of all that is
+    # computed, with several a piece at a time
+    used = per_token * count
+    steps = used * (TILE // GROUP // 2 + 1 + width // 32)
+    piece = 0 if used == 1 else (tile_bytes(kind, width) // steps + 63) // 64 * 64
     later = tile + tile_bytes(kind, width)
+    beside = later if used == 1 else 0
     for group in range(0, TILE // GROUP, 2):
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
@@ -267,14 +286,14 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
                     later = ask_piece(later, piece)
-                    score(kind, rows, width, tile, group, left > GROUP, ahead)
+                    beside = score(kind, rows, width, tile, group, left > GROUP, beside)
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
         if positions > 0:
             for i in range(per_token):
                 rows = sets + (t * per_token + i) * item
                 later = ask_piece(later, piece)
-                share_out(kind, rows, width, positions, tile, scale)
+                beside = share_out(kind, rows, width, positions, tile, scale, beside)
     for c in range(0, width, 32):
         for t in range(count):
             positions = tile_positions(first + t, chunk, start)
@@ -282,4 +301,4 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
                     later = ask_piece(later, piece)
-                    add_values(kind, rows, width, c, positions, tile, ahead)
+                    beside = add_values(kind, rows, width, c, positions, tile, beside)

@@ -24,6 +24,7 @@ from ondevice.kernels.cache import (
     ADD_VALUES,
     GROUP,
     KEEP_TOKEN,
+    NEAR,
     SCORE,
     SHARE_SCALE,
     STORE_SHARES,
@@ -56,6 +57,7 @@ from ondevice.kernels.simd import (
     load,
     load_f32,
     prefetch,
+    prefetch_near,
     store_f32,
     store_i16,
     store_words,
@@ -131,7 +133,7 @@ def take_queries(kind, rows, width, x, size, used):
 
 
 @SCORE.register(I16)
-def score(kind, rows, width, tile, group, both, ahead):
+def score(kind, rows, width, tile, group, both, later):
     keys, scales = tile + 2 * GROUP * width * group, key_scales_of(tile, width) + 4 * GROUP * group
     other = keys + 2 * GROUP * width
     target = rows + 4 * (3 * ROWS * width + GROUP * group)
@@ -141,20 +143,24 @@ def score(kind, rows, width, tile, group, both, ahead):
         high = zero_dots()
         for d in range(0, width, 2):
             at = 32 * d
-            if ahead > 0:
-                prefetch(keys + at + ahead)
-                prefetch(other + at + ahead)
+            if later > 0:
+                prefetch(later + 2 * at)
+                prefetch(later + 2 * at + 64)
+                prefetch_near(keys + at + NEAR)
+                prefetch_near(other + at + NEAR)
             low = word_rows(low, load(i16x32, keys + at), rows + 2 * d, 4 * width)
             high = word_rows(high, load(i16x32, other + at), rows + 2 * d, 4 * width)
         scale = load(f32x16, scales + 4 * GROUP)
         products = fma_scaled_dots(zero_rows(), high, scale, query_scales, 4 * width)
         store_rows(target + 4 * GROUP, 4 * TILE, products)
+        later += 4 * GROUP * width if later > 0 else 0
     else:
         for d in range(0, width, 2):
             low = word_rows(low, load(i16x32, keys + 32 * d), rows + 2 * d, 4 * width)
     scale = load(f32x16, scales)
     products = fma_scaled_dots(zero_rows(), low, scale, query_scales, 4 * width)
     store_rows(target, 4 * TILE, products)
+    return later
 
 
 @VALUE_SCALES.register(I16)
@@ -173,7 +179,7 @@ def store_shares(kind, row, place, codes):
 
 
 @ADD_VALUES.register(I16)
-def add_values(kind, rows, width, c, count, tile, ahead):
+def add_values(kind, rows, width, c, count, tile, later):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192
@@ -182,12 +188,15 @@ def add_values(kind, rows, width, c, count, tile, ahead):
     low_dots, high_dots = zero_dots(), zero_dots()
     for p in range(0, count, 2):
         at = 32 * p
-        if ahead > 0:
-            prefetch(values + at + ahead)
-            prefetch(other + at + ahead)
+        if later > 0:
+            prefetch(later + 2 * at)
+            prefetch(later + 2 * at + 64)
+            prefetch_near(values + at + NEAR)
+            prefetch_near(other + at + NEAR)
         low_dots = word_rows(low_dots, load(i16x32, values + at), codes + 2 * p, 4 * TILE)
         high_dots = word_rows(high_dots, load(i16x32, other + at), codes + 2 * p, 4 * TILE)
     low = scale_rows(load_rows(outputs, 4 * width), factors, 4)
     store_rows(outputs, 4 * width, fma_dots(low, low_dots, worth, 4))
     high = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
     store_rows(outputs + 64, 4 * width, fma_dots(high, high_dots, worth, 4))
+    return later + 64 * TILE if later > 0 else 0

@@ -15,6 +15,7 @@ from ondevice.kernels.cache import (
     ADD_VALUES,
     GROUP,
     KEEP_TOKEN,
+    NEAR,
     SCORE,
     SHARE_SCALE,
     STORE_SHARES,
@@ -50,6 +51,7 @@ from ondevice.kernels.simd import (
     load_f32,
     load_halves,
     prefetch,
+    prefetch_near,
     store_bytes,
     store_f16,
     store_f32,
@@ -111,7 +113,7 @@ def take_queries(kind, rows, width, x, size, used):
 
 
 @inner
-def score_group(rows, width, tile, group, ahead):
+def score_group(rows, width, tile, group, later):
     """Products of ROWS queries with 16 keys."""
     blocks = width // 32
     keys = tile + GROUP * width * group
@@ -121,8 +123,9 @@ def score_group(rows, width, tile, group, ahead):
         dots = begin_dots(rows + width + width // 8 + 4 * b, 4 * width)
         for i in range(8):
             at = keys + 64 * (8 * b + i)
-            if ahead > 0:
-                prefetch(at + ahead)
+            if later > 0:
+                prefetch(later + at - keys)
+                prefetch_near(at + NEAR)
             dots = dot_rows(dots, load(i8x64, at), rows + 32 * b + 4 * i, 4 * width)
         scale = load_halves(scales + 2 * GROUP * b)
         sums = fma_scaled_dots(sums, dots, scale, rows + width + 4 * b, 4 * width)
@@ -130,10 +133,14 @@ def score_group(rows, width, tile, group, ahead):
 
 
 @SCORE.register(Q8_0)
-def score(kind, rows, width, tile, group, both, ahead):
-    score_group(rows, width, tile, group, ahead)
-    if both:
-        score_group(rows, width, tile, group + 1, ahead)
+def score(kind, rows, width, tile, group, both, later):
+    if not both:
+        score_group(rows, width, tile, group, 0)
+        return later
+    score_group(rows, width, tile, group, later)
+    later += GROUP * width if later > 0 else 0
+    score_group(rows, width, tile, group + 1, later)
+    return later + GROUP * width if later > 0 else 0
 
 
 @VALUE_SCALES.register(Q8_0)
@@ -152,7 +159,7 @@ def store_shares(kind, row, place, codes):
 
 
 @ADD_VALUES.register(Q8_0)
-def add_values(kind, rows, width, c, count, tile, ahead):
+def add_values(kind, rows, width, c, count, tile, later):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192
@@ -160,12 +167,15 @@ def add_values(kind, rows, width, c, count, tile, ahead):
     low_dots, high_dots = zero_dots(), zero_dots()
     for p in range(0, count, 4):
         at = values + 16 * p
-        if ahead > 0:
-            prefetch(at + ahead)
-            prefetch(at + 16 * TILE + ahead)
+        if later > 0:
+            prefetch(later + 32 * p)
+            prefetch(later + 32 * p + 64)
+            prefetch_near(at + NEAR)
+            prefetch_near(at + 16 * TILE + NEAR)
         low_dots = share_rows(low_dots, load(i8x64, at), codes + p, 4 * TILE)
         high_dots = share_rows(high_dots, load(i8x64, at + 16 * TILE), codes + p, 4 * TILE)
     low = scale_rows(load_rows(outputs, 4 * width), factors, 4)
     store_rows(outputs, 4 * width, fma_dots(low, low_dots, worth, 4))
     high = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
     store_rows(outputs + 64, 4 * width, fma_dots(high, high_dots, worth, 4))
+    return later + 32 * TILE if later > 0 else 0

@@ -2,16 +2,16 @@
 
     y = x / sqrt(mean(x^2) + epsilon) * weight
 
-GGUF norm weights already carry the +1 of Qwen3-Next's zero-centred norms. A task is a token.
+GGUF norm weights already carry the +1 of Qwen3-Next's zero-centred norms.
 """
 
 import math
 
 import numpy as np
 
-from ondevice.kernels.activation import quantize_row, silu
+from ondevice.kernels.activation import quantize_columns, quantize_row, silu
 from ondevice.kernels.arithmetic import fma, lane_sum
-from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, argument, word
+from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, are_few, argument, word
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import f32x16, load_f32, load_some, store_some, zero
 from quant.jit import inner
@@ -75,20 +75,30 @@ def add_row(x, addend, columns):
         store_some(x + 4 * c, load_some(x + 4 * c, left) + load_some(addend + 4 * c, left), left)
 
 
-@operation
-def gated_norm(op, step, t, scratch):
-    """Per head: norm(x) * weight * silu(z), in place, then int8 records of the whole token.
+@inner
+def heads_of_task(step, task, heads, few):
+    """(token, first head, end): all heads of a token, or `few` of them where tokens are few."""
+    used = few if are_few(step) else heads
+    parts = heads // used
+    return task // parts, task % parts * used, (task % parts + 1) * used
 
-    (x, bytes, z, bytes, heads, size, weight, epsilon, per_256, bytes, per_32, bytes)
+
+@operation
+def gated_norm(op, step, task, scratch):
+    """Per head: norm(x) * weight * silu(z), in place, and the int8 records of that.
+
+    (x, bytes, z, bytes, heads, size, weight, epsilon, per_256, bytes, per_32, bytes,
+     heads of a task where tokens are few)
     """
     x, x_bytes, z, z_bytes = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
     heads, size, weight = argument(op, 4), argument(op, 5), argument(op, 6)
     epsilon = load_f32(op + WORD * (ARGUMENTS + 7))
     per_256, per_256_bytes = argument(op, 8), argument(op, 9)
     per_32, per_32_bytes = argument(op, 10), argument(op, 11)
+    t, begin, end = heads_of_task(step, task, heads, argument(op, 12))
     row = x + t * x_bytes
     gate = z + t * z_bytes
-    for h in range(heads):
+    for h in range(begin, end):
         head = row + 4 * size * h
         normalize(head, size, weight, epsilon, head)
         for c in range(0, size, 16):
@@ -98,4 +108,4 @@ def gated_norm(op, step, t, scratch):
             store_some(row + at, value, left)
     at_256 = per_256 + t * per_256_bytes if per_256 != 0 else 0
     at_32 = per_32 + t * per_32_bytes if per_32 != 0 else 0
-    quantize_row(row, heads * size, at_256, at_32)
+    quantize_columns(row, heads * size, begin * size, end * size, at_256, at_32)

@@ -404,14 +404,30 @@ store_words = _narrow_store(I16)
 """Store the 16 lanes of an i32x16 as 16 int16; each must fit."""
 
 
+def ask_for(builder: Any, address: Any, locality: int) -> None:
+    """A read that is to come: locality 3 is the first-level cache, 2 the second."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    flags = [constant(I32, value) for value in (0, locality, 1)]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at address in the second-level cache."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], I8.as_pointer())
-        flags = [constant(I32, value) for value in (0, 2, 1)]
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+        ask_for(builder, args[0], 2)
+        return context.get_dummy_value()
+
+    return types.none(types.intp), lower
+
+
+@intrinsic
+def prefetch_near(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at address in the first-level cache."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        ask_for(builder, args[0], 3)
         return context.get_dummy_value()
 
     return types.none(types.intp), lower

@@ -83,6 +83,7 @@ def attention(
             per_token=True,
         )
         o = program.activation("attention output", config.heads * size, (out_matrix,))
+        heads = program.heads_of_task(o, config.heads)
         scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
         program.scratch_bytes = max(program.scratch_bytes, scratch)
         program.add(
@@ -94,7 +95,8 @@ def attention(
         program.add(
             kernels.attention_output,
             *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
-            *(batch.partials, *record_arguments(o)),
+            *(batch.partials, *record_arguments(o), heads),
             per_token=True,
+            few=config.heads // heads,
         )
     return program.linear(out_matrix, o, "mixer output")

@@ -86,13 +86,15 @@ def deltanet(
             *(config.key_heads, config.value_heads, size, place + window_bytes(config), pairs),
             tasks=-(-every // pairs),
         )
+        heads = program.heads_of_task(o, config.value_heads)
         program.add(
             norm.gated_norm,
             *(o.floats.address, o.floats.row_bytes, z.address, z.row_bytes),
             *(config.value_heads, size),
             program.keep(weights.vector(f"{block}.ssm_norm.weight", size)),
             float_bits(config.norm_epsilon),
-            *record_arguments(o),
+            *(*record_arguments(o), heads),
             per_token=True,
+            few=config.value_heads // heads,
         )
     return program.linear(out_matrix, o, "mixer output")

@@ -14,6 +14,7 @@ from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.program import (
     FEWEST_PANELS,
+    HEAD_TASKS_PER_THREAD,
     HUGE_PAGES,
     LINE,
     MOST_PANELS,
@@ -164,6 +165,33 @@ def test_shares(count: int, unit: int, threads: int) -> None:
     share = Program(1, threads).share(count, unit)
     assert share >= unit and share % unit == 0
     assert share == unit or -(-count // share) >= SHARES_PER_THREAD * threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 12])
+@pytest.mark.parametrize(
+    ("heads", "size", "kinds"),
+    [
+        (16, 256, ["Q4_K"]),
+        (32, 128, ["Q4_K", "Q4_0"]),
+        (12, 64, ["Q4_0"]),
+        (6, 16, ["Q8_0"]),
+        (4, 64, ["Q4_K"]),
+        (5, 24, ["F32"]),
+        (1, 256, ["Q4_K"]),
+    ],
+)
+def test_heads_of_a_task_are_whole_blocks(
+    heads: int, size: int, kinds: list[str], threads: int
+) -> None:
+    program = Program(1, threads)
+    readers = [Matrix("w", 0, 16, heads * size, 0, FORMATS[kind]) for kind in kinds]
+    taken = program.heads_of_task(program.activation("x", heads * size, readers), heads)
+    block = {"Q4_K": 256, "Q4_0": 32, "Q8_0": 32, "F32": 1}
+    assert heads % taken == 0
+    assert taken * size % max(block[kind] for kind in kinds) == 0
+    assert heads // taken <= HEAD_TASKS_PER_THREAD * threads or taken == heads
+    if heads == 16:
+        assert taken == {1: 8, 2: 4, 12: 1}[threads]
 
 
 def test_floats_travel_as_bits() -> None:

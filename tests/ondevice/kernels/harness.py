@@ -115,10 +115,11 @@ def run(
     tasks: int = 1,
     per_token: bool = False,
     times: Array | None = None,
+    few: int = 0,
     **words: Any,
 ) -> Array:
     """Run one operation on a team; checks the guards of every Rows; returns the step record."""
-    operation = record(kernel, *arguments, tasks=tasks, per_token=per_token, times=times)
+    operation = record(kernel, *arguments, tasks=tasks, per_token=per_token, times=times, few=few)
     step = run_record(operation, threads, scratch, **words)
     for rows in arguments:
         if isinstance(rows, Rows):

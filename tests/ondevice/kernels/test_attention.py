@@ -125,8 +125,9 @@ class Case:
         parts.check()
         run(
             attention.attention_output,
-            *(q, self.heads, self.size, out, parts.address),
+            *(q, self.heads, self.size, out, parts.address, 0, 0, 0, 0, self.heads_of_task),
             per_token=True,
+            few=self.heads // self.heads_of_task,
             **where,
         )
         return out.values
@@ -137,6 +138,10 @@ class Case:
         own = own.reshape(self.kv_heads, self.context // TILE, -1)
         with np.errstate(invalid="ignore"):
             return words(own, self.width) if self.kind == "i16" else codes(own, self.width)
+
+    @property
+    def heads_of_task(self) -> int:
+        return 2 if self.heads % 2 == 0 else 1
 
     @property
     def width(self) -> int:

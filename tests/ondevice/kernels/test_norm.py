@@ -5,6 +5,7 @@ import pytest
 
 from ondevice.kernels import norm
 from ondevice.kernels.activation import PER_32, PER_256, record_bytes
+from ondevice.kernels.layout import FEW
 from quant.format import Array
 from tests.ondevice.kernels.harness import Rows, bits, meant, run, unpack
 
@@ -93,16 +94,23 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
         assert bits(out.values[0]) == bits(whole.values[token])
 
 
-@pytest.mark.parametrize(("heads", "size"), [(1, 256), (4, 64), (32, 8), (3, 24), (5, 17)])
-def test_gated_norm(heads: int, size: int) -> None:
-    tokens, columns = 4, heads * size
+@pytest.mark.parametrize("tokens", [4, FEW + 1])
+@pytest.mark.parametrize(
+    ("heads", "size", "heads_of_task"),
+    [(1, 256, 1), (4, 256, 2), (8, 64, 4), (32, 8, 32), (3, 24, 1), (5, 17, 1)],
+)
+def test_gated_norm(heads: int, size: int, heads_of_task: int, tokens: int) -> None:
+    columns = heads * size
     x, z, weight = normal(tokens, columns), 3 * normal(tokens, columns, seed=2), normal(size)
     rows = Rows.of(x)
     records = records_for(tokens, columns) if columns % 256 == 0 else {}
+    addresses = list(records.values()) or [0, 0, 0, 0]
     run(
         norm.gated_norm,
-        *(rows, Rows.of(z), heads, size, weight, EPSILON, *records.values()),
-        tasks=tokens,
+        *(rows, Rows.of(z), heads, size, weight, EPSILON, *addresses, heads_of_task),
+        per_token=True,
+        few=heads // heads_of_task,
+        count=tokens,
     )
     gate = z.astype(np.float64)
     exact = exact_norm(x.reshape(tokens, heads, size), weight).reshape(x.shape)
