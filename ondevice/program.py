@@ -50,8 +50,9 @@ TASKS_PER_THREAD = 24
 """Tasks wanted of each thread: the last ones, which not all threads have, should be short."""
 SHARES_PER_THREAD = 8
 """As many of an operation on many small things, which no task should have only a few of."""
-HEAD_TASKS_PER_THREAD = 2
-"""Tasks for a token's heads: what another thread has made takes long to come."""
+WIDE_SHARES_PER_THREAD = 2
+"""As many where a task reads many short streams, or what other threads have made: what lies at the
+edge of another thread's share takes long to come."""
 PARTS_PER_THREAD = 4
 """A run of rows is one of so many parts for each thread of what is left: some may be slow."""
 SHORTEST_RUN = 128 << 10
@@ -496,18 +497,20 @@ class Program:
         wanted = rows * matrices // (TASKS_PER_THREAD * self.threads) // ROWS
         return ROWS * ((max(FEWEST_PANELS, min(MOST_PANELS, wanted)) - 1) | 1)
 
-    def share(self, count: int, unit: int = 1) -> int:
-        """How many of `count` small things a task takes, in whole units."""
-        return max(unit, count // (SHARES_PER_THREAD * self.threads) // unit * unit)
+    def share(self, count: int, unit: int = 1, tasks: int = SHARES_PER_THREAD) -> int:
+        """How many of `count` small things a task takes, in whole units; `tasks` of each thread."""
+        return max(unit, count // (tasks * self.threads) // unit * unit)
 
-    def heads_of_task(self, x: Activation, heads: int) -> int:
-        """How many of the heads that x holds side by side a task takes, when tokens are few.
+    def heads_of_task(self, heads: int, x: Activation | None = None) -> int:
+        """How many of a token's heads a task takes when tokens are few, a divisor of all.
 
-        They are whole blocks of x's records, and a divisor of all heads.
+        With x, which holds them side by side, they are whole blocks of its records.
         """
-        block = max((BLOCKS[kind] for kind in x.records), default=1)
-        unit = block // math.gcd(block, x.columns // heads)
-        most = HEAD_TASKS_PER_THREAD * self.threads
+        unit = 1
+        if x and x.records:
+            block = max(BLOCKS[kind] for kind in x.records)
+            unit = block // math.gcd(block, x.columns // heads)
+        most = WIDE_SHARES_PER_THREAD * self.threads
         divisors = (n for n in range(unit, heads + 1, unit) if heads % n == 0)
         return next((n for n in divisors if heads // n <= most), heads)
 

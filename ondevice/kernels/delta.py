@@ -32,10 +32,11 @@ from ondevice.kernels.layout import (
     PENDING,
     STATE,
     TENTATIVE,
+    are_few,
     argument,
     word,
 )
-from ondevice.kernels.norm import squared_length
+from ondevice.kernels.norm import heads_of_task, squared_length
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,
@@ -69,7 +70,8 @@ def convolve(op, step, task, scratch):
     """Causal convolution and SiLU of some channels; their window moves on by the batch.
 
     (input, bytes, out, bytes, channels, kernel, weights (kernel, channels) f32, window's place in
-     the state: (kernel - 1, channels) f32, place in the journal, channels of a task: n * 16)
+     the state: (kernel - 1, channels) f32, place in the journal, channels of a task: n * 16,
+     as many where tokens are few)
     Rows of `out` are the pending tokens and then the batch's.
     """
     x, x_bytes, out, out_bytes = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
@@ -77,7 +79,7 @@ def convolve(op, step, task, scratch):
     window, journal = word(step, STATE) + argument(op, 7), word(step, JOURNAL) + argument(op, 8)
     pending, tentative, row = word(step, PENDING), word(step, TENTATIVE), 4 * channels
     count = pending + word(step, COUNT)
-    used = argument(op, 9)
+    used = argument(op, 10) if are_few(step) else argument(op, 9)
     for c in range(task * used, min((task + 1) * used, channels), 16):
         left = channels - c
         for t in range(count):
@@ -106,10 +108,11 @@ def scale_row(x, size, factor):
 
 @operation
 def delta_inputs(op, step, task, scratch):
-    """Normalise a key head's q and k in place; k.q, decay and beta; a task is a (token, head).
+    """Normalise the q and k of a token's key heads in place; their k.q, decay and beta.
 
     (qkv, bytes, ba, bytes, key heads, value heads, size, a, dt, kq (tokens, key heads),
-     decay (tokens, value heads), beta (tokens, value heads), place in the journal)
+     decay (tokens, value heads), beta (tokens, value heads), place in the journal,
+     key heads of a task where tokens are few)
     The tasks of the first token do the pending ones as well, and write the journal. All rows but
     those of ba begin with the pending tokens.
     """
@@ -124,39 +127,40 @@ def delta_inputs(op, step, task, scratch):
     journal_bytes = 8 * value_heads
     journal = word(step, JOURNAL) + argument(op, 12)
     journal += 4 * MOST_TENTATIVE * size * (2 * key_heads + value_heads)
-    token, head = task // key_heads, task % key_heads
-    place = 8 * ratio * head
+    token, first, last = heads_of_task(step, task, key_heads, argument(op, 13))
     begin, end = pending + token, pending + token + 1
     if token == 0:
         begin, end = 0, pending + min(1, count)
-    for t in range(begin, end):
-        q = qkv + t * qkv_bytes + 4 * size * head
-        k = q + 4 * size * key_heads
-        length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
-        scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
-        length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
-        scale_row(k, size, np.float32(1.0) / length)
-        total = zero(f32x16)
-        for c in range(0, size, 16):
-            total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
-        store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
-        if t < pending:
-            pair = journal + t * journal_bytes + place
-        else:
-            pair = ba + (t - pending) * ba_bytes + place
-        for i in range(ratio):
-            h = head * ratio + i
-            at = 4 * (t * value_heads + h)
-            store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
-            alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
-            softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
-            store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
-    if token == 0:
-        for i in range(tentative):
-            source = ba + (count - tentative + i) * ba_bytes + place
-            target = journal + i * journal_bytes + place
-            for j in range(2 * ratio):
-                store_f32(target + 4 * j, load_f32(source + 4 * j))
+    for head in range(first, last):
+        place = 8 * ratio * head
+        for t in range(begin, end):
+            q = qkv + t * qkv_bytes + 4 * size * head
+            k = q + 4 * size * key_heads
+            length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
+            scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
+            length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
+            scale_row(k, size, np.float32(1.0) / length)
+            total = zero(f32x16)
+            for c in range(0, size, 16):
+                total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
+            store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
+            if t < pending:
+                pair = journal + t * journal_bytes + place
+            else:
+                pair = ba + (t - pending) * ba_bytes + place
+            for i in range(ratio):
+                h = head * ratio + i
+                at = 4 * (t * value_heads + h)
+                store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
+                alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
+                softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
+                store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
+        if token == 0:
+            for i in range(tentative):
+                source = ba + (count - tentative + i) * ba_bytes + place
+                target = journal + i * journal_bytes + place
+                for j in range(2 * ratio):
+                    store_f32(target + 4 * j, load_f32(source + 4 * j))
 
 
 @inner

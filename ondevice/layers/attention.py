@@ -83,7 +83,7 @@ def attention(
             per_token=True,
         )
         o = program.activation("attention output", config.heads * size, (out_matrix,))
-        heads = program.heads_of_task(o, config.heads)
+        heads = program.heads_of_task(config.heads, o)
         scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
         program.scratch_bytes = max(program.scratch_bytes, scratch)
         program.add(

@@ -13,7 +13,13 @@ import numpy as np
 from ondevice.config import Config
 from ondevice.kernels import delta, norm
 from ondevice.kernels.layout import BESIDE
-from ondevice.program import Buffer, Program, float_bits, record_arguments
+from ondevice.program import (
+    WIDE_SHARES_PER_THREAD,
+    Buffer,
+    Program,
+    float_bits,
+    record_arguments,
+)
 from ondevice.weights import Weights
 
 
@@ -54,26 +60,29 @@ def deltanet(
 
         mixed = program.buffer("convolved", 4 * config.conv_channels)
         channels = program.share(config.conv_channels, 16)
+        wide = program.share(config.conv_channels, 16, WIDE_SHARES_PER_THREAD)
         program.add(
             delta.convolve,
             *(qkv.address, qkv.row_bytes, mixed.address, mixed.row_bytes),
             *(config.conv_channels, config.conv_kernel),
             program.keep(np.ascontiguousarray(conv.T)),
-            *(place, journal, channels),
+            *(place, journal, channels, wide),
             tasks=-(-config.conv_channels // channels),
+            few=-(-config.conv_channels // wide),
         )
         kq = program.numbers("key times query", config.key_heads)
         decay = program.numbers("decay", config.value_heads)
         beta = program.numbers("beta", config.value_heads)
+        heads = program.heads_of_task(config.key_heads)
         program.add(
             delta.delta_inputs,
             *(mixed.address, mixed.row_bytes, ba.address, ba.row_bytes),
             *(config.key_heads, config.value_heads, size),
             program.keep(weights.vector(f"{block}.ssm_a", config.value_heads)),
             program.keep(weights.vector(f"{block}.ssm_dt.bias", config.value_heads)),
-            *(kq, decay, beta, journal),
-            tasks=config.key_heads,
+            *(kq, decay, beta, journal, heads),
             per_token=True,
+            few=config.key_heads // heads,
         )
         o = program.activation("delta output", config.value_dim, (out_matrix,))
         program.scratch_bytes = max(program.scratch_bytes, delta.scratch_bytes(size))
@@ -86,7 +95,7 @@ def deltanet(
             *(config.key_heads, config.value_heads, size, place + window_bytes(config), pairs),
             tasks=-(-every // pairs),
         )
-        heads = program.heads_of_task(o, config.value_heads)
+        heads = program.heads_of_task(config.value_heads, o)
         program.add(
             norm.gated_norm,
             *(o.floats.address, o.floats.row_bytes, z.address, z.row_bytes),

@@ -14,13 +14,13 @@ from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.program import (
     FEWEST_PANELS,
-    HEAD_TASKS_PER_THREAD,
     HUGE_PAGES,
     LINE,
     MOST_PANELS,
     OWN_PAGES,
     PARTS_PER_THREAD,
     SHARES_PER_THREAD,
+    WIDE_SHARES_PER_THREAD,
     Program,
     float_bits,
     zeros,
@@ -161,10 +161,11 @@ def test_experts_are_whole_where_they_are_enough_for_all_threads() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 12])
 @pytest.mark.parametrize("count", [1, 31, 128, 8192])
 @pytest.mark.parametrize("unit", [1, 16])
-def test_shares(count: int, unit: int, threads: int) -> None:
-    share = Program(1, threads).share(count, unit)
+@pytest.mark.parametrize("tasks", [SHARES_PER_THREAD, WIDE_SHARES_PER_THREAD])
+def test_shares(count: int, unit: int, threads: int, tasks: int) -> None:
+    share = Program(1, threads).share(count, unit, tasks)
     assert share >= unit and share % unit == 0
-    assert share == unit or -(-count // share) >= SHARES_PER_THREAD * threads
+    assert share == unit or -(-count // share) >= tasks * threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 12])
@@ -185,11 +186,11 @@ def test_heads_of_a_task_are_whole_blocks(
 ) -> None:
     program = Program(1, threads)
     readers = [Matrix("w", 0, 16, heads * size, 0, FORMATS[kind]) for kind in kinds]
-    taken = program.heads_of_task(program.activation("x", heads * size, readers), heads)
+    taken = program.heads_of_task(heads, program.activation("x", heads * size, readers))
     block = {"Q4_K": 256, "Q4_0": 32, "Q8_0": 32, "F32": 1}
     assert heads % taken == 0
     assert taken * size % max(block[kind] for kind in kinds) == 0
-    assert heads // taken <= HEAD_TASKS_PER_THREAD * threads or taken == heads
+    assert heads // taken <= WIDE_SHARES_PER_THREAD * threads or taken == heads
     if heads == 16:
         assert taken == {1: 8, 2: 4, 12: 1}[threads]
 

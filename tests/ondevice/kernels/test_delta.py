@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ondevice.kernels import delta
+from ondevice.kernels.layout import FEW
 from quant.format import Array
 from tests.ondevice.kernels.harness import Rows, bits, run
 
@@ -47,8 +48,10 @@ def test_convolution(channels: int, kernel: int) -> None:
             part = Rows(piece.stop - piece.start, channels)
             run(
                 delta.convolve,
-                *(Rows.of(x[piece]), part, channels, kernel, weights, place, 0, CHANNELS),
+                *(Rows.of(x[piece]), part, channels, kernel, weights, place, 0),
+                *(CHANNELS, 2 * CHANNELS),
                 tasks=-(-channels // CHANNELS),
+                few=-(-channels // (2 * CHANNELS)),
                 count=len(part.values),
                 state=state,
             )
@@ -65,9 +68,14 @@ def test_convolution(channels: int, kernel: int) -> None:
 # ---- norms and gates ----
 
 
+def heads_of_task(key_heads: int) -> int:
+    return 2 if key_heads % 2 == 0 else 1
+
+
+@pytest.mark.parametrize("tokens", [5, FEW + 1])
 @HEADS
-def test_inputs(key_heads: int, value_heads: int, size: int) -> None:
-    tokens, ratio = 5, value_heads // key_heads
+def test_inputs(key_heads: int, value_heads: int, size: int, tokens: int) -> None:
+    ratio = value_heads // key_heads
     qkv = normal(tokens, (2 * key_heads + value_heads) * size)
     # a key head's row of ba: its value heads' b, then their alpha
     ba = 4 * normal(tokens, 2 * value_heads, seed=2)
@@ -77,9 +85,9 @@ def test_inputs(key_heads: int, value_heads: int, size: int) -> None:
     run(
         delta.delta_inputs,
         *(rows, Rows.of(ba), key_heads, value_heads, size, a, dt),
-        *(kq.address, decay.address, beta.address),
-        tasks=key_heads,
+        *(kq.address, decay.address, beta.address, 0, heads_of_task(key_heads)),
         per_token=True,
+        few=key_heads // heads_of_task(key_heads),
         count=tokens,
     )
     for result in (kq, decay, beta):
@@ -107,7 +115,7 @@ def test_gates_far_out() -> None:
     ba = np.array([[0, 500], [0, -500], [1e30, 90], [-1e30, -90]], np.float32)
     a, dt = np.array([-2], np.float32), np.zeros(1, np.float32)
     rows, kq, decay, beta = Rows.of(np.zeros((4, 48), np.float32)), *np.zeros((3, 4), np.float32)
-    run(delta.delta_inputs, rows, Rows.of(ba), 1, 1, 16, a, dt, kq, decay, beta, tasks=4)
+    run(delta.delta_inputs, rows, Rows.of(ba), 1, 1, 16, a, dt, kq, decay, beta, 0, 1, tasks=4)
     assert not rows.values.any()
     assert not kq.any()
     assert decay.tolist() == [0, 1, 0, 1]
@@ -210,14 +218,17 @@ def test_taken_back_tokens_leave_no_trace(key_heads: int, value_heads: int, size
             }
             run(
                 delta.convolve,
-                *(part, mixed, channels, kernel, weights, 0, 0, CHANNELS),
+                *(part, mixed, channels, kernel, weights, 0, 0, CHANNELS, 2 * CHANNELS),
                 tasks=-(-channels // CHANNELS),
+                few=-(-channels // (2 * CHANNELS)),
                 **words,
             )
             run(
                 delta.delta_inputs,
                 *(mixed, gates, key_heads, value_heads, size, a, dt, kq, decay, beta, 0),
-                tasks=key_heads * max(1, count),
+                heads_of_task(key_heads),
+                per_token=count > 0,
+                few=key_heads // heads_of_task(key_heads),
                 **words,
             )
             run(
