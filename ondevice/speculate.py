@@ -20,7 +20,6 @@ from ondevice.experts import Pool
 from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.ahead import MOST_DRAFTS, ring_rows
 from ondevice.kernels.attention import CACHES
-from ondevice.kernels.layout import WORD
 from ondevice.layers.mtp import Head, head
 from ondevice.layers.output import Logits
 from ondevice.program import Buffer, Operations, Program, zeros
@@ -146,17 +145,10 @@ class Ahead:
             self._unread = [tensor.data for name, tensor in tensors if name.startswith(block)]
         self.programs = self.head.programs
         control = Program(1, self._threads)
-        nothing_new = self._address + WORD * ahead.NOTHING_NEW
-        control.add(
-            ahead.begin_cycle,
-            self._address,
-            loop=nothing_new,
-            back=-len(self.head.follow.lines),
-        )
+        control.add(ahead.begin_cycle, self._address)
         begin = control.take()
         control.add(ahead.begin_check, self._address)
-        drafts = self.head.follow + self.head.draft
-        self.cycle = begin + drafts + control.take() + self._checking()
+        self.cycle = begin + self.head.drafts + control.take() + self._checking()
 
     @property
     def kernels(self) -> Operations:

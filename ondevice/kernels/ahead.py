@@ -13,12 +13,12 @@ The block has a cache and positions of its own, from the trunk's position START 
 date before END. It reads the trunk's vectors after the final norm: the ring keeps those of the last
 RING_ROWS positions, position p in row p % RING_ROWS; as many as a batch has, and some for drafts.
 
-The record (int64 words): depth wanted; drafts of this cycle; drafts made so far; two flags for
-jumps; the trunk's position and cache while the block runs; the block's cache, start and end; the
-ring; the tokens to check, int32, the certain one first; for tests, the true tokens by position,
+The record (int64 words): depth wanted; drafts of this cycle; drafts made so far; whether there are
+more to make; the trunk's position and cache while the block runs; the block's cache, start and end;
+the ring; the tokens to check, int32, the certain one first; for tests, the true tokens by position,
 how many, and the chance (f64) that a draft is true; cycles; per place, how often a draft was
-compared with the token chosen, and how often it was that token; drafts in all; cycles that this
-run of the loop may still make; rows of the ring.
+compared with the token chosen, and how often it was that token; drafts in all; cycles that this run
+of the loop may still make; rows of the ring.
 """
 
 import numpy as np
@@ -53,11 +53,14 @@ from ondevice.kernels.operation import operation
 from ondevice.kernels.peaks import greatest_logit
 from ondevice.kernels.sample import ENDS, LOGITS, choose, uniform
 from ondevice.kernels.simd import (
+    f32x16,
+    load,
     load_f32,
     load_f64,
     load_i32,
     load_some,
     load_u8,
+    store,
     store_i32,
     store_i64,
     store_some,
@@ -65,9 +68,9 @@ from ondevice.kernels.simd import (
 from quant.jit import inner
 
 MOST_DRAFTS = MOST_TENTATIVE
-DEPTH, DRAFTED, MADE, MORE, NOTHING_NEW, AT, TRUNK_CACHE, HEAD_CACHE, START, END = range(10)
-RING, CHECKED, TRUTH, TRUTH_LENGTH, CHANCE, CYCLES = range(10, 16)
-COMPARED, RIGHT = 16, 16 + MOST_DRAFTS
+DEPTH, DRAFTED, MADE, MORE, AT, TRUNK_CACHE, HEAD_CACHE, START, END = range(9)
+RING, CHECKED, TRUTH, TRUTH_LENGTH, CHANCE, CYCLES = range(9, 15)
+COMPARED, RIGHT = 15, 15 + MOST_DRAFTS
 TOTAL = RIGHT + MOST_DRAFTS
 CYCLES_LEFT = TOTAL + 1
 RING_ROWS = CYCLES_LEFT + 1
@@ -122,27 +125,31 @@ def head_inputs(op, step, t, scratch):
 
 @operation
 def begin_cycle(op, step, task, scratch):
-    """Give the step to the block: the positions that it lacks but for the last, if any: (record)"""
+    """Give the step to the block, the positions that it lacks being the batch: (record)."""
     record = argument(op, 0)
     position = word(step, POSITION)
     store_i64(record + WORD * AT, position)
     store_i64(record + WORD * TRUNK_CACHE, word(step, CACHE))
     store_i64(record + WORD * DRAFTED, min(word(record, DEPTH), word(step, STEPS_LEFT) - 1))
     store_i64(record + WORD * MADE, 0)
-    lacking = position - 1 - word(record, END)
-    store_i64(record + WORD * NOTHING_NEW, 1 if lacking == 0 else 0)
     store_i64(step + WORD * CACHE, word(record, HEAD_CACHE))
     store_i64(step + WORD * POSITION, word(record, END) - word(record, START))
-    store_i64(step + WORD * COUNT, lacking)
+    store_i64(step + WORD * COUNT, position - word(record, END))
     store_i64(step + WORD * FIRST, 0)
 
 
 @operation
-def begin_draft(op, step, task, scratch):
-    """Make the next draft's row the batch: (record)."""
-    record = argument(op, 0)
-    position = word(record, AT) - 1 - word(record, START) + word(record, MADE)
-    store_i64(step + WORD * POSITION, position)
+def take_last(op, step, task, scratch):
+    """Make the last row of the batch the batch: (x, bytes) of all that is computed already, up to
+    four buffers; 0 for none.
+    """
+    last = word(step, COUNT) - 1
+    if last > 0:
+        for i in range(4):
+            x, x_bytes = argument(op, 2 * i), argument(op, 2 * i + 1)
+            for at in range(0, x_bytes, 64):
+                store(x + at, load(f32x16, x + last * x_bytes + at))
+    store_i64(step + WORD * POSITION, word(step, POSITION) + last)
     store_i64(step + WORD * COUNT, 1)
 
 
@@ -162,7 +169,8 @@ def add_draft(record, step, token, vocabulary):
 
 @operation
 def draft(op, step, task, scratch):
-    """The token of the greatest logit is the next draft.
+    """The token of the greatest logit is the next draft; where it was not the last, the batch is
+    the next position.
 
     (record, logits, how many, logits of a piece, peaks, vocabulary, common, others)
     Logits from `common` on are those of the tokens that `others` lists, int32.
@@ -175,6 +183,7 @@ def draft(op, step, task, scratch):
     add_draft(record, step, token, argument(op, 5))
     more = word(record, MADE) < word(record, DRAFTED)
     store_i64(record + WORD * MORE, 1 if more else 0)
+    store_i64(step + WORD * POSITION, word(step, POSITION) + 1)
 
 
 @inner

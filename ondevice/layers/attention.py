@@ -14,7 +14,7 @@ import numpy as np
 from ondevice.config import Config
 from ondevice.kernels import attention as kernels
 from ondevice.kernels.layout import BESIDE, CHAIN
-from ondevice.program import Buffer, Program, float_bits, record_arguments
+from ondevice.program import Activation, Buffer, Program, float_bits, record_arguments
 from ondevice.weights import Weights
 
 
@@ -26,8 +26,8 @@ class Batch(NamedTuple):
     partials: int
 
 
-def positions(program: Program, config: Config) -> Batch:
-    """Add what depends on a batch's positions alone."""
+def positions(program: Program, config: Config, then: int = CHAIN) -> Batch:
+    """Add what depends on a batch's positions alone; `then` is what may follow."""
     pairs = config.rope_dimensions // 2
     exponents = np.arange(0, config.rope_dimensions, 2, dtype=np.float32)
     base = np.float32(config.rope_base)
@@ -39,7 +39,7 @@ def positions(program: Program, config: Config) -> Batch:
         *(program.keep(frequencies.astype(np.float32)), pairs, table),
         *(config.kv_heads, program.keep(tasks)),
         per_token=True,
-        then=CHAIN,
+        then=then,
     )
     partials = np.zeros(kernels.partial_bytes(config.heads, config.head_dim), np.uint8)
     return Batch(table, int(tasks.ctypes.data), program.keep(partials))
@@ -62,7 +62,6 @@ def attention(
     q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
     k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
     v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
-    out_matrix = weights.matrix(f"{block}.attn_output.weight", hidden, config.heads * size)
     readers = (q_matrix, k_matrix, v_matrix)
 
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
@@ -82,7 +81,55 @@ def attention(
             tasks=config.heads + config.kv_heads,
             per_token=True,
         )
-        o = program.activation("attention output", config.heads * size, (out_matrix,))
+    return _attend(program, config, weights, layer, q, batch, index, kv)
+
+
+def attention_to_kept(
+    program: Program,
+    config: Config,
+    weights: Weights,
+    layer: int,
+    h: Activation,
+    batch: Batch,
+    index: int,
+    kv: str,
+) -> Buffer:
+    """As `attention`, of tokens whose keys and values are kept already; h is norm(x)."""
+    size = config.head_dim
+    rows = 2 * config.heads * size
+    with program.stage("attention"):
+        matrix = weights.matrix(f"blk.{layer}.attn_q.weight", rows, config.hidden)
+        q = program.linear(matrix, h, "q")
+        norm = program.keep(weights.vector(f"blk.{layer}.attn_q_norm.weight", size))
+        program.add(
+            kernels.CACHES[kv].inputs,
+            *(q.address, q.row_bytes, 0, 0, 0, 0, config.heads, 0, size),
+            *(config.rope_dimensions // 2, batch.angles, norm, norm),
+            float_bits(config.norm_epsilon),
+            index,
+            tasks=config.heads,
+            per_token=True,
+            label="queries",
+        )
+    return _attend(program, config, weights, layer, q, batch, index, kv)
+
+
+def _attend(
+    program: Program,
+    config: Config,
+    weights: Weights,
+    layer: int,
+    q: Buffer,
+    batch: Batch,
+    index: int,
+    kv: str,
+) -> Buffer:
+    """From the queries on."""
+    size = config.head_dim
+    columns = config.heads * size
+    out_matrix = weights.matrix(f"blk.{layer}.attn_output.weight", config.hidden, columns)
+    with program.stage("attention"):
+        o = program.activation("attention output", columns, (out_matrix,))
         heads = program.heads_of_task(config.heads, o)
         scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
         program.scratch_bytes = max(program.scratch_bytes, scratch)

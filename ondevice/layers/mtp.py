@@ -5,7 +5,8 @@
     h' = norm(x),  logits = output(h')                      h' takes h's place for a next guess
 
 At position t it sees h of t and the token at t + 1, and guesses the token at t + 2. Positions that
-have passed matter for their keys and values alone, so `follow` computes no more than those.
+have passed matter for their keys and values alone, so `follow` computes no more than those, and
+only the last of a batch goes on from there to a guess.
 
 Semantics: llama.cpp's src/models/qwen3next.cpp (graph_mtp); weights: `mtp.*` of the checkpoint.
 """
@@ -19,7 +20,7 @@ from ondevice.kernels import ahead
 from ondevice.kernels import attention as kernels
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import BESIDE, WORD
-from ondevice.layers.attention import Batch, attention, positions
+from ondevice.layers.attention import Batch, attention_to_kept, positions
 from ondevice.layers.moe import moe
 from ondevice.layers.output import logits
 from ondevice.program import (
@@ -39,8 +40,8 @@ class Head:
 
     follow: Operations
     """Keys and values of the batch's positions."""
-    draft: Operations
-    """Drafts of a cycle, one after the other."""
+    drafts: Operations
+    """`follow`, and from the batch's last position the drafts of a cycle, one after the other."""
     programs: tuple[Program, ...]
     logits: Buffer
     hidden: Buffer
@@ -61,17 +62,16 @@ def head(
     batch = positions(program, config)
     inputs = _inputs(program, config, weights, block, record, floats)
     _combine(program, weights, block, inputs, config, x)
-    _keep(program, config, weights, block, x, batch, kv)
+    h = _keep(program, config, weights, block, x, batch, kv)
     follow = program.take()
 
-    program.add(ahead.begin_draft, record)
-    batch = positions(program, config)
-    inputs = _inputs(program, config, weights, block, record, floats)
-    _combine(program, weights, block, inputs, config, x)
-    mixed = attention(program, config, weights, config.layers, x, batch, 0, kv)
+    rows = (x.address, x.row_bytes, h.floats.address, h.floats.row_bytes, *record_arguments(h))
+    program.add(ahead.take_last, *rows)
+    batch = positions(program, config, then=BESIDE)
+    mixed = attention_to_kept(program, config, weights, config.layers, h, batch, 0, kv)
     with program.stage("experts"):
         moe(program, config, weights, config.layers, x, mixed, pool)
-    one = program.take()
+    one = follow + program.take()
     norm = weights.vector(f"{block}.nextn.shared_head_norm.weight", config.hidden)
     h = tail.norm(x, norm, config.norm_epsilon, "draft input", (output,))
     result = logits(tail, candidates.matrices, h, "draft logits")
@@ -135,13 +135,15 @@ def _combine(
 
 def _keep(
     program: Program, config: Config, weights: Weights, block: str, x: Buffer, batch: Batch, kv: str
-) -> None:
-    """Keys and values of every row, and nothing else of the attention."""
+) -> Activation:
+    """Keys and values of every row, and nothing else of the attention; returns norm(x)."""
     hidden, size = config.hidden, config.head_dim
     k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
     v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
     attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
-    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", (k_matrix, v_matrix))
+    q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
+    readers = (q_matrix, k_matrix, v_matrix)
+    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
     with program.stage("attention"):
         k = program.linear(k_matrix, h, "k", then=BESIDE)
         v = program.linear(v_matrix, h, "v")
@@ -157,3 +159,4 @@ def _keep(
         per_token=True,
         label="keep keys and values",
     )
+    return h

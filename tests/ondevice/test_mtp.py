@@ -91,8 +91,9 @@ class Block:
         with model._alone() as team:
             model._begin(self.state, step, 1)
             record[[ahead.AT, ahead.DRAFTED]] = position + 1, drafts
+            record[ahead.MADE], step[layout.POSITION] = 0, position - self.prediction.start
             step[[layout.CACHE, layout.STEADY]] = self.prediction.cache.ctypes.data, 1
-            model._run(team, head.draft, step)
+            model._run(team, head.drafts, step)
             step[layout.CACHE] = self.state.cache.ctypes.data
         vocabulary = model.config.vocabulary
         logits = head.logits.memory.view(np.float32)[:vocabulary].copy()

@@ -99,15 +99,14 @@ def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
     record[[ahead.DEPTH, ahead.HEAD_CACHE, ahead.START, ahead.END]] = 3, 1234, 10, 55
     given: dict[str, Any] = {"history": history, "position": 60, "cache": 99, "steps_left": 9}
     step = run(ahead.begin_cycle, record, **given)
-    assert step[[layout.COUNT, layout.POSITION, layout.CACHE]].tolist() == [4, 45, 1234]
-    assert record[[ahead.DRAFTED, ahead.NOTHING_NEW, ahead.AT]].tolist() == [3, 0, 60]
+    assert step[[layout.COUNT, layout.POSITION, layout.CACHE]].tolist() == [5, 45, 1234]
+    assert record[[ahead.DRAFTED, ahead.AT]].tolist() == [3, 60]
     logits = np.zeros((1, VOCABULARY), np.float32)
     for made in range(3):
-        moved = run(ahead.begin_draft, record, **given)
-        assert moved[[layout.COUNT, layout.POSITION]].tolist() == [1, 49 + made]
         logits[:] = 0
         logits[0, [made + 4, made + 9]] = 2  # of equal ones the first
-        run(ahead.draft, record, *drafts_from(logits))
+        moved = run(ahead.draft, record, *drafts_from(logits), count=1, position=49 + made)
+        assert moved[[layout.COUNT, layout.POSITION]].tolist() == [1, 50 + made]
         assert record[ahead.MORE] == (made < 2)
     step = run(ahead.begin_check, record, **given)
     assert drafts_of(record) == [60, 4, 5, 6]
@@ -115,8 +114,20 @@ def test_a_cycle_gives_the_step_to_the_block_and_back() -> None:
     assert step[layout.CACHE] == 99 and record[ahead.END] == 60
 
     record[ahead.END] = 59
-    run(ahead.begin_cycle, record, **{**given, "steps_left": 2})
-    assert record[[ahead.DRAFTED, ahead.NOTHING_NEW]].tolist() == [1, 1]
+    step = run(ahead.begin_cycle, record, **{**given, "steps_left": 2})
+    assert record[ahead.DRAFTED] == 1 and step[layout.COUNT] == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_last_row_becomes_the_batch(count: int) -> None:
+    random = np.random.default_rng(1)
+    rows = [random.standard_normal((count, n)).astype(np.float32) for n in (48, 16)]
+    before = [x.copy() for x in rows]
+    arguments = [value for x in rows for value in (x, x.strides[0])]
+    step = run(ahead.take_last, *arguments, 0, 0, 0, 0, count=count, position=7)
+    assert step[[layout.COUNT, layout.POSITION]].tolist() == [1, 6 + count]
+    for x, old in zip(rows, before, strict=True):
+        assert bits(x[0]) == bits(old[-1]) and bits(x[1:]) == bits(old[1:])
 
 
 def test_drafts_behind_the_common_tokens_are_looked_up() -> None:
