@@ -106,6 +106,29 @@ def scale_row(x, size, factor):
         store_some(x + 4 * c, load_some(x + 4 * c, size - c) * factor, size - c)
 
 
+@inner
+def normalize_pair(q, k, size):
+    """Normalise a head's q and k in place; returns k.q."""
+    length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
+    scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
+    length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
+    scale_row(k, size, np.float32(1.0) / length)
+    total = zero(f32x16)
+    for c in range(0, size, 16):
+        total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
+    return lane_sum(total)
+
+
+@inner
+def open_gates(pair, ratio, a, dt, decay, beta):
+    """Decay and beta of a key head's value heads, from its part of a row of ba: b, then alpha."""
+    for i in range(ratio):
+        store_f32(beta + 4 * i, sigmoid_of(load_f32(pair + 4 * i)))
+        alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * i)
+        softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
+        store_f32(decay + 4 * i, np.float32(math.exp(load_f32(a + 4 * i) * softplus)))
+
+
 @operation
 def delta_inputs(op, step, task, scratch):
     """Normalise the q and k of a token's key heads in place; their k.q, decay and beta.
@@ -135,26 +158,14 @@ def delta_inputs(op, step, task, scratch):
         place = 8 * ratio * head
         for t in range(begin, end):
             q = qkv + t * qkv_bytes + 4 * size * head
-            k = q + 4 * size * key_heads
-            length = np.float32(math.sqrt(squared_length(q, size) + L2_EPSILON))
-            scale_row(q, size, np.float32(1.0) / (length * np.float32(math.sqrt(np.float32(size)))))
-            length = np.float32(math.sqrt(squared_length(k, size) + L2_EPSILON))
-            scale_row(k, size, np.float32(1.0) / length)
-            total = zero(f32x16)
-            for c in range(0, size, 16):
-                total = fma(load_some(q + 4 * c, size - c), load_some(k + 4 * c, size - c), total)
-            store_f32(kq + 4 * (t * key_heads + head), lane_sum(total))
+            overlap = normalize_pair(q, q + 4 * size * key_heads, size)
+            store_f32(kq + 4 * (t * key_heads + head), overlap)
             if t < pending:
                 pair = journal + t * journal_bytes + place
             else:
                 pair = ba + (t - pending) * ba_bytes + place
-            for i in range(ratio):
-                h = head * ratio + i
-                at = 4 * (t * value_heads + h)
-                store_f32(beta + at, sigmoid_of(load_f32(pair + 4 * i)))
-                alpha = np.float64(load_f32(pair + 4 * (ratio + i))) + load_f32(dt + 4 * h)
-                softplus = max(alpha, 0.0) + math.log1p(math.exp(-abs(alpha)))
-                store_f32(decay + at, np.float32(math.exp(load_f32(a + 4 * h) * softplus)))
+            at, first_value = 4 * (t * value_heads + head * ratio), 4 * head * ratio
+            open_gates(pair, ratio, a + first_value, dt + first_value, decay + at, beta + at)
         if token == 0:
             for i in range(tentative):
                 source = ba + (count - tentative + i) * ba_bytes + place

@@ -83,15 +83,21 @@ class Block:
         assert self.state.prediction is not None
         return self.state.prediction
 
-    def guess(self, position: int, drafts: int = 1) -> tuple[np.ndarray, list[int]]:
-        """Logits of the last of so many drafts, the first made at `position`; the drafts."""
+    def guess(self, position: int, drafts: int = 1, rows: int = 1) -> tuple[np.ndarray, list[int]]:
+        """Logits of the last of so many drafts, the first made at `position`; the drafts.
+
+        The block takes so many positions up to that one.
+        """
         model, step, record = self.model, self.step, self.ahead.record
         head = self.ahead.head
         assert head is not None
         with model._alone() as team:
-            model._begin(self.state, step, 1)
+            model._begin(self.state, step, rows)
             record[[ahead.AT, ahead.DRAFTED]] = position + 1, drafts
-            record[ahead.MADE], step[layout.POSITION] = 0, position - self.prediction.start
+            record[ahead.MADE], step[layout.POSITION] = (
+                0,
+                position + 1 - rows - self.prediction.start,
+            )
             step[[layout.CACHE, layout.STEADY]] = self.prediction.cache.ctypes.data, 1
             model._run(team, head.drafts, step)
             step[layout.CACHE] = self.state.cache.ctypes.data
@@ -117,6 +123,18 @@ def test_equals_the_oracle(files: Files, ids: np.ndarray, batches: list[int]) ->
             logits, drafts = block.guess(position)
             assert relative_error(logits, expected[position]) <= F32_ERROR, position
             assert drafts == [logits.argmax()]
+
+
+@pytest.mark.parametrize("kind", ["f32", "mixed"])
+def test_positions_that_passed_change_no_bit_of_a_guess(
+    files: Files, ids: np.ndarray, kind: str
+) -> None:
+    with ondevice.load(getattr(files, kind), threads=2, mtp="on") as model:
+        block = Block(model, ids, [39])
+        for rows in (2, 3, 20):
+            alone, expected = block.guess(TOKENS - 2, 3)
+            logits, drafts = block.guess(TOKENS - 2, 3, rows)
+            assert logits.tobytes() == alone.tobytes() and drafts == expected
 
 
 def test_further_drafts_equal_the_oracle(files: Files, ids: np.ndarray) -> None:
