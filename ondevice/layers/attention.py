@@ -70,17 +70,7 @@ def attention(
         q = program.linear(q_matrix, h, "q", then=BESIDE)
         k = program.linear(k_matrix, h, "k", then=BESIDE)
         v = program.linear(v_matrix, h, "v")
-        program.add(
-            kernels.CACHES[kv].inputs,
-            *(q.address, q.row_bytes, k.address, k.row_bytes, v.address, v.row_bytes),
-            *(config.heads, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
-            program.keep(weights.vector(f"{block}.attn_q_norm.weight", size)),
-            program.keep(weights.vector(f"{block}.attn_k_norm.weight", size)),
-            float_bits(config.norm_epsilon),
-            index,
-            tasks=config.heads + config.kv_heads,
-            per_token=True,
-        )
+        _keep(program, config, weights, layer, q, (k, v), batch, index, kv)
     return _attend(program, config, weights, layer, q, batch, index, kv)
 
 
@@ -95,23 +85,67 @@ def attention_to_kept(
     kv: str,
 ) -> Buffer:
     """As `attention`, of tokens whose keys and values are kept already; h is norm(x)."""
-    size = config.head_dim
-    rows = 2 * config.heads * size
+    rows = 2 * config.heads * config.head_dim
     with program.stage("attention"):
         matrix = weights.matrix(f"blk.{layer}.attn_q.weight", rows, config.hidden)
         q = program.linear(matrix, h, "q")
-        norm = program.keep(weights.vector(f"blk.{layer}.attn_q_norm.weight", size))
-        program.add(
-            kernels.CACHES[kv].inputs,
-            *(q.address, q.row_bytes, 0, 0, 0, 0, config.heads, 0, size),
-            *(config.rope_dimensions // 2, batch.angles, norm, norm),
-            float_bits(config.norm_epsilon),
-            index,
-            tasks=config.heads,
-            per_token=True,
-            label="queries",
-        )
+        _keep(program, config, weights, layer, q, None, batch, index, kv)
     return _attend(program, config, weights, layer, q, batch, index, kv)
+
+
+def keys_and_values(
+    program: Program,
+    config: Config,
+    weights: Weights,
+    layer: int,
+    x: Buffer,
+    batch: Batch,
+    index: int,
+    kv: str,
+) -> Activation:
+    """Keep those of every token, and nothing else of `attention`; norm(x)."""
+    block = f"blk.{layer}"
+    hidden, size = config.hidden, config.head_dim
+    q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
+    k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
+    v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
+    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
+    readers = (q_matrix, k_matrix, v_matrix)
+    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
+    with program.stage("attention"):
+        k = program.linear(k_matrix, h, "k", then=BESIDE)
+        v = program.linear(v_matrix, h, "v")
+        _keep(program, config, weights, layer, None, (k, v), batch, index, kv)
+    return h
+
+
+def _keep(
+    program: Program,
+    config: Config,
+    weights: Weights,
+    layer: int,
+    q: Buffer | None,
+    keys: tuple[Buffer, Buffer] | None,
+    batch: Batch,
+    index: int,
+    kv: str,
+) -> None:
+    """Norm and rotate queries, and keep keys and values, of those that are there."""
+    size = config.head_dim
+    heads, kv_heads = (config.heads if q else 0), (config.kv_heads if keys else 0)
+    buffers = (q, *(keys or (None, None)))
+    places = [(x.address, x.row_bytes) if x else (0, 0) for x in buffers]
+    program.add(
+        kernels.CACHES[kv].inputs,
+        *(word for place in places for word in place),
+        *(heads, kv_heads, size, config.rope_dimensions // 2, batch.angles),
+        program.keep(weights.vector(f"blk.{layer}.attn_q_norm.weight", size)),
+        program.keep(weights.vector(f"blk.{layer}.attn_k_norm.weight", size)),
+        float_bits(config.norm_epsilon),
+        index,
+        tasks=heads + kv_heads,
+        per_token=True,
+    )
 
 
 def _attend(

@@ -17,10 +17,9 @@ from ondevice.candidates import Candidates
 from ondevice.config import Config
 from ondevice.experts import Pool
 from ondevice.kernels import ahead
-from ondevice.kernels import attention as kernels
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import BESIDE, WORD
-from ondevice.layers.attention import Batch, attention_to_kept, positions
+from ondevice.layers.attention import attention_to_kept, keys_and_values, positions
 from ondevice.layers.moe import moe
 from ondevice.layers.output import logits
 from ondevice.program import (
@@ -62,7 +61,7 @@ def head(
     batch = positions(program, config)
     inputs = _inputs(program, config, weights, block, record, floats)
     _combine(program, weights, block, inputs, config, x)
-    h = _keep(program, config, weights, block, x, batch, kv)
+    h = keys_and_values(program, config, weights, config.layers, x, batch, 0, kv)
     follow = program.take()
 
     rows = (x.address, x.row_bytes, h.floats.address, h.floats.row_bytes, *record_arguments(h))
@@ -131,32 +130,3 @@ def _combine(
     """x = W_eh inputs."""
     result = program.linear(_projection(weights, block, config.hidden), inputs, "x")
     assert result is x
-
-
-def _keep(
-    program: Program, config: Config, weights: Weights, block: str, x: Buffer, batch: Batch, kv: str
-) -> Activation:
-    """Keys and values of every row, and nothing else of the attention; returns norm(x)."""
-    hidden, size = config.hidden, config.head_dim
-    k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
-    v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
-    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
-    q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
-    readers = (q_matrix, k_matrix, v_matrix)
-    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    with program.stage("attention"):
-        k = program.linear(k_matrix, h, "k", then=BESIDE)
-        v = program.linear(v_matrix, h, "v")
-    k_norm = program.keep(weights.vector(f"{block}.attn_k_norm.weight", size))
-    program.add(
-        kernels.CACHES[kv].inputs,
-        *(0, 0, k.address, k.row_bytes, v.address, v.row_bytes),
-        *(0, config.kv_heads, size, config.rope_dimensions // 2, batch.angles),
-        *(k_norm, k_norm),
-        float_bits(config.norm_epsilon),
-        0,
-        tasks=config.kv_heads,
-        per_token=True,
-        label="keep keys and values",
-    )
-    return h
