@@ -60,30 +60,65 @@ def open_direct(path: Path) -> int:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_ahead(mapped: Sequence[Array]) -> threading.Thread | None:
-    """Have these bytes of mapped files in memory, in a thread; None where there is no way to.
+class ReadAhead:
+    """Has bytes of mapped files come into memory, in this order, in a thread, until it is closed.
 
-    By themselves pages come one by one as they are touched, each a wait for the disk. Nothing is
-    said of what cannot be read: whoever needs it will.
+    By themselves pages come as they are touched, each a wait for the disk. Nothing is said of what
+    cannot be read: whoever needs it will. Does nothing on Windows.
     """
-    if sys.platform == "win32":
-        return None
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
-    def ask() -> None:
-        for data in mapped:
-            begin = data.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-            end = data.ctypes.data + data.nbytes
-            for at in range(begin, end, STRETCH):
-                size = min(STRETCH, end - at)
-                # in large pages, where the mapping wants them
-                if not HAS_POPULATE or advise(at, size, POPULATE_READ):
-                    advise(at, size, WILL_NEED)
+    def __init__(self, mapped: Sequence[Array]) -> None:
+        self.closed = False
+        self._thread = threading.Thread(
+            target=self._read, args=(mapped,), name="ondevice-read-ahead", daemon=True
+        )
+        self._thread.start()
 
-    thread = threading.Thread(target=ask, name="ondevice-read-ahead", daemon=True)
-    thread.start()
-    return thread
+    def _read(self, mapped: Sequence[Array]) -> None:
+        if sys.platform == "win32":
+            return
+        library = ctypes.CDLL(None)
+        stretches = [
+            data[max(0, at) : at + STRETCH]
+            for data in mapped
+            for at in range(-(data.ctypes.data % mmap.PAGESIZE), data.nbytes, STRETCH)
+        ]
+        # what a virtual machine reads from its disk is mapped by its host page by page, half a
+        # microsecond each, when it is touched; so it is touched here
+        touch = HAS_POPULATE and not all(_in_memory(library, stretch) for stretch in stretches)
+        for stretch in stretches:
+            if self.closed:
+                return
+            # in large pages, where the mapping wants them
+            if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
+                _advise(library, stretch, WILL_NEED)
+            elif touch:
+                stretch[:: mmap.PAGESIZE].max()
+
+    def join(self) -> None:
+        """Wait until everything has been asked for."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Ask for nothing more."""
+        self.closed = True
+        self._thread.join()
+
+
+def _in_memory(library: ctypes.CDLL, data: Array) -> bool:
+    """Whether the first page of mapped bytes is in the page cache, as far as we may know."""
+    answer = ctypes.c_ubyte(1)
+    at = data.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    library.mincore(ctypes.c_void_p(at), ctypes.c_size_t(1), ctypes.byref(answer))
+    return bool(answer.value & 1)
+
+
+def _advise(library: ctypes.CDLL, data: Array, advice: int) -> int:
+    """madvise(2) for all pages of mapped bytes; 0 where that worked."""
+    begin = data.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    size = data.ctypes.data + data.nbytes - begin
+    failed: int = library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+    return failed
 
 
 def bandwidth(path: Path, piece: int, readers: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from ondevice import usage
 from ondevice.budget import available
 from ondevice.chat import Template
+from ondevice.disk import ReadAhead
 from ondevice.experts import Counts, Pool
 from ondevice.forward import HEAD_ROWS, Forward
 from ondevice.gguf_file import GGUFFile
@@ -66,6 +67,7 @@ class Model:
         self._closed = False
         self.kv, self.mtp = kv, mtp
         self._pool: Pool | None = None
+        self._reading: ReadAhead | None = None
         self._file = GGUFFile.open(path)
         try:
             options = Options(path, threads, context, memory, kv, mtp)
@@ -83,6 +85,9 @@ class Model:
                 functions.append(read)
             else:
                 self._file.want_large_pages()
+                free = available()
+                if free is None or self._file.nbytes <= free:
+                    self._reading = ReadAhead(weights.mapped(prediction=mtp != "off"))
             forward = Forward(
                 self.config, weights, found.threads, kv, mtp, self._pool, self.batch,
                 found.stage_bytes,
@@ -109,6 +114,8 @@ class Model:
         except BaseException:
             if self._pool is not None:
                 self._pool.close()
+            if self._reading is not None:
+                self._reading.close()
             self._file.close()
             raise
         self.ends = np.zeros(self.config.vocabulary, np.uint8)
@@ -555,6 +562,8 @@ class Model:
                     usage.save(self._usage_name, self._usage, self._pool.usage)
                     self._pool.close()
                 self._forward.close()
+                if self._reading is not None:
+                    self._reading.close()
                 self._file.close()
 
     def __enter__(self) -> "Model":

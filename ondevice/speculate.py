@@ -15,7 +15,6 @@ import numpy as np
 
 from ondevice.config import Config
 from ondevice.depth import Depth
-from ondevice.disk import read_ahead
 from ondevice.experts import Pool
 from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.ahead import MOST_DRAFTS, ring_rows
@@ -107,7 +106,6 @@ class Ahead:
         self._result = result
         self.programs: tuple[Program, ...] = ()
         self.head: Head | None = None
-        self._unread: list[Array] = []  # mapped weights that may be on disk alone
         self.hidden: Operations | None = None
         program = Program(1, threads)
         program.add(ahead.settled)
@@ -139,10 +137,6 @@ class Ahead:
         remember(program, self.record, h.floats, config.hidden)
         self.hidden = program.take()
         self.head = head(program, config, weights, x, kv, pool, self._address)
-        if pool is None:
-            block = f"blk.{config.layers}."
-            tensors = weights.tensors.items()
-            self._unread = [tensor.data for name, tensor in tensors if name.startswith(block)]
         self.programs = self.head.programs
         control = Program(1, self._threads)
         control.add(ahead.begin_cycle, self._address)
@@ -164,13 +158,7 @@ class Ahead:
     # ---- a state ----
 
     def prepare(self, model: "Model", state: State) -> None:
-        """Give a state what guessing ahead needs; the first time, have the block's weights read.
-
-        Plain decoding brings the trunk into memory, but nothing of the block.
-        """
-        if self._unread:
-            read_ahead(self._unread)
-            self._unread = []
+        """Give a state what guessing ahead needs."""
         if state.journal is not None:
             return
         try:

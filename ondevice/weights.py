@@ -160,6 +160,16 @@ class Weights:
             if len(shape) == 2 and name.startswith(f"blk.{self.config.layers}.")
         )
 
+    def mapped(self, prediction: bool) -> list[Array]:
+        """The bytes of every tensor the model reads: first what every token needs, then stacks of
+        experts, each in the order of the file, which is about that of a forward pass. With those of
+        the multi-token-prediction block, or without them."""
+        blocks = range(self.config.layers + self.config.mtp_layers)
+        unused = tuple(f"blk.{n}." for n in blocks[self.config.layers + prediction :])
+        tensors = [self.tensors[name] for name, _ in self.needed() if not name.startswith(unused)]
+        tensors.sort(key=lambda t: (len(t.shape) == 3, t.path, t.offset))
+        return [tensor.data for tensor in tensors]
+
     def array(self, name: str, *shape: int) -> Array:
         """A small tensor as a private float32 array; Error if a value is not finite."""
         tensor = self.tensor(name, shape)

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -46,13 +47,57 @@ def test_the_page_cache_is_filled_ahead(tmp_path: Path) -> None:
         pytest.skip("this file system keeps what it is told to drop")
     with path.open("rb") as file:
         mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-    thread = disk.read_ahead([mapped[disk.STRETCH + 100 :]])
-    assert thread is not None
-    thread.join()
+    disk.ReadAhead([mapped[disk.STRETCH + 100 :]]).join()
     end = time.monotonic() + 10
     while not all(map(cached, (disk.STRETCH + 100, 2 * disk.STRETCH, nbytes - 1))):
         assert time.monotonic() < end
     assert not cached(0)
+
+
+def test_reading_ahead_ends_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, may_go_on, asked = threading.Event(), threading.Event(), []
+
+    def advise(library: object, data: np.ndarray, advice: int) -> int:
+        asked.append(len(data))
+        started.set()
+        may_go_on.wait(10)
+        return 0
+
+    monkeypatch.setattr(disk, "_advise", advise)
+    memory = np.zeros(3 * disk.STRETCH, np.uint8)
+    reading = disk.ReadAhead([memory])
+    started.wait(10)
+    closing = threading.Thread(target=reading.close)
+    closing.start()
+    while not reading.closed:
+        time.sleep(0.001)
+    may_go_on.set()
+    closing.join(10)
+    assert len(asked) == 1
+
+
+def test_every_byte_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = np.zeros(5 * disk.STRETCH, np.uint8)
+    pieces = [memory[10:20], memory[100 : 3 * disk.STRETCH + 1], memory[-disk.STRETCH - 5 :]]
+    asked: list[tuple[int, int]] = []
+
+    def advise(library: object, data: np.ndarray, advice: int) -> int:
+        asked.append((data.ctypes.data, data.nbytes))
+        return 0
+
+    monkeypatch.setattr(disk, "_advise", advise)
+    monkeypatch.setattr(disk, "HAS_POPULATE", False)
+    disk.ReadAhead(pieces).join()
+    at = 0
+    for piece in pieces:
+        end = piece.ctypes.data
+        while end < piece.ctypes.data + piece.nbytes:
+            assert asked[at][0] == end
+            assert 0 < asked[at][1] <= disk.STRETCH
+            end += asked[at][1]
+            at += 1
+        assert end == piece.ctypes.data + piece.nbytes
+    assert at == len(asked)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

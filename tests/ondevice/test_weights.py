@@ -89,6 +89,25 @@ def test_matrices_are_not_copied(tmp_path: Path) -> None:
     assert opened.weights.embedding().address == opened.file.tensors["token_embd.weight"].address
 
 
+def test_what_every_token_needs_is_read_before_experts(tmp_path: Path) -> None:
+    opened = Opened(tmp_path)
+    tensors = opened.file.tensors.values()
+    for prediction in (True, False):
+        mapped = opened.weights.mapped(prediction)
+        found = [next(t for t in tensors if t.data is data) for data in mapped]
+        stacks = [tensor.name.endswith("_exps.weight") for tensor in found]
+        assert stacks == sorted(stacks)
+        assert any(stacks)
+        assert not all(stacks)
+        for kind in (True, False):
+            offsets = [t.offset for t, stack in zip(found, stacks, strict=True) if stack == kind]
+            assert offsets == sorted(offsets)
+        block = f"blk.{opened.config.layers}."
+        expected = {name for name, _ in opened.weights.needed() if prediction or block not in name}
+        assert {tensor.name for tensor in found} == expected
+    assert len(opened.weights.mapped(True)) > len(opened.weights.mapped(False))
+
+
 @pytest.mark.parametrize("shape", [Shape(), SHAPES["odd heads"], SHAPES["equal heads"]], ids=str)
 @pytest.mark.parametrize("encode", [encode_f32, encode_f16])
 def test_legacy_delta_input_is_regrouped(shape: Shape, encode: Any, tmp_path: Path) -> None:
