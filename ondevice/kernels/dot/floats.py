@@ -122,15 +122,15 @@ def all_rows(
     layout, size, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, fetch
 ):
     """All rows times the tile's tokens, from token t on."""
-    records = rows_at(tile, a, a_bytes, i, t, t + 8)
+    records = rows_at(tile, a, a_bytes, i, t)
     r = 0
     while r + 4 <= rows:
-        results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
         row = w + r * row_bytes
         four_rows(layout, size, tile, row, row_bytes, columns, records, results, fetch)
         r += 4
     while r < rows:
-        results = rows_at(tile, out + 4 * r, o_bytes, o, t, t + 8)
+        results = rows_at(tile, out + 4 * r, o_bytes, o, t)
         one_row(layout, size, tile, w + r * row_bytes, columns, records, results)
         r += 1
 

@@ -71,7 +71,7 @@ EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
 def scratch_bytes(columns: int) -> int:
     """Scratch that `multiply` needs for rows of any length."""
-    return PANEL + 64 * (CHUNK + MOST_TOKENS)
+    return PANEL + 64 * CHUNK
 
 
 class Layout(types.Type):
@@ -205,11 +205,8 @@ def row_at(base: int, row_bytes: int, index: int, token: int) -> int:
     return base + token * row_bytes
 
 
-def rows_at(tile, base, row_bytes, index, token, last):
-    """Addresses of as many tokens' rows as the tile has, from `token` on.
-
-    In the place of tokens from `last` on stands the one before it.
-    """
+def rows_at(tile, base, row_bytes, index, token):
+    """Addresses of as many tokens' rows as the tile has, from `token` on."""
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -217,39 +214,39 @@ tokens_of = ByLayout(rows_at)
 
 
 @tokens_of.register(tile1)
-def rows_of_one(tile, base, row_bytes, index, token, last):
+def rows_of_one(tile, base, row_bytes, index, token):
     return (row_at(base, row_bytes, index, token),)
 
 
 @tokens_of.register(tile2)
-def rows_of_two(tile, base, row_bytes, index, token, last):
+def rows_of_two(tile, base, row_bytes, index, token):
     return (
         row_at(base, row_bytes, index, token),
-        row_at(base, row_bytes, index, min(token + 1, last - 1)),
+        row_at(base, row_bytes, index, token + 1),
     )
 
 
 @tokens_of.register(tile4)
-def rows_of_four(tile, base, row_bytes, index, token, last):
+def rows_of_four(tile, base, row_bytes, index, token):
     return (
         row_at(base, row_bytes, index, token),
-        row_at(base, row_bytes, index, min(token + 1, last - 1)),
-        row_at(base, row_bytes, index, min(token + 2, last - 1)),
-        row_at(base, row_bytes, index, min(token + 3, last - 1)),
+        row_at(base, row_bytes, index, token + 1),
+        row_at(base, row_bytes, index, token + 2),
+        row_at(base, row_bytes, index, token + 3),
     )
 
 
 @tokens_of.register(tile8)
-def rows_of_eight(tile, base, row_bytes, index, token, last):
+def rows_of_eight(tile, base, row_bytes, index, token):
     return (
         row_at(base, row_bytes, index, token),
-        row_at(base, row_bytes, index, min(token + 1, last - 1)),
-        row_at(base, row_bytes, index, min(token + 2, last - 1)),
-        row_at(base, row_bytes, index, min(token + 3, last - 1)),
-        row_at(base, row_bytes, index, min(token + 4, last - 1)),
-        row_at(base, row_bytes, index, min(token + 5, last - 1)),
-        row_at(base, row_bytes, index, min(token + 6, last - 1)),
-        row_at(base, row_bytes, index, min(token + 7, last - 1)),
+        row_at(base, row_bytes, index, token + 1),
+        row_at(base, row_bytes, index, token + 2),
+        row_at(base, row_bytes, index, token + 3),
+        row_at(base, row_bytes, index, token + 4),
+        row_at(base, row_bytes, index, token + 5),
+        row_at(base, row_bytes, index, token + 6),
+        row_at(base, row_bytes, index, token + 7),
     )
 
 
@@ -280,8 +277,8 @@ quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_p
 @inner
 def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, token):
     """All rows times the tile's tokens."""
-    records = rows_at(tile, a, a_bytes, i, token, token + 8)
-    results = rows_at(tile, out, o_bytes, o, token, token + 8)
+    records = rows_at(tile, a, a_bytes, i, token)
+    results = rows_at(tile, out, o_bytes, o, token)
     part = rows // 4
     for r in range(part):
         row = w + r * row_bytes
@@ -293,12 +290,12 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
 
 
 @inner
-def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, last, totals, more):
-    """A panel times the tile's tokens; a few more than there are are worth fewer loads.
+def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, totals, more):
+    """A panel times the tile's tokens. Memory is asked for the next `more` bytes of their records.
 
-    Memory is asked for the next `more` bytes of their records.
+    All tiles take about as long for a token, so none is filled up.
     """
-    records = rows_at(tile, a, a_bytes, i, token, last)
+    records = rows_at(tile, a, a_bytes, i, token)
     for record in records:
         ask(record + start + size, more)
     multiply_panel(layout, tile, panel, records, columns, start, size, totals)
@@ -328,7 +325,7 @@ def many(
     With `fetch`, memory is asked for the next sixteen rows; with `new`, for the tokens' records.
     """
     totals = s + PANEL
-    for t in range(last - first + MOST_TOKENS - 1):
+    for t in range(last - first):
         store(totals + 64 * t, zero(f32x16))
     for start in range(0, columns, STEP):
         size = min(STEP, columns - start)
@@ -339,22 +336,22 @@ def many(
         more = min(STEP, columns - start - size) if new else 0
         t = first
         if EIGHT:
-            while t + 5 < last:
+            while t + 8 <= last:
                 to = totals + 64 * (t - first)
-                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, last, to, more)
+                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, to, more)
                 t += 8
         if FOUR:
-            while t + 2 < last:
+            while t + 4 <= last:
                 to = totals + 64 * (t - first)
-                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, last, to, more)
+                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, to, more)
                 t += 4
         while t + 2 <= last:
             to = totals + 64 * (t - first)
-            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, last, to, more)
+            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, to, more)
             t += 2
         if t < last:
             to = totals + 64 * (t - first)
-            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, last, to, more)
+            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, to, more)
     for t in range(last - first):
         store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
 
