@@ -15,7 +15,7 @@ from ondevice.experts import Pool
 from ondevice.kernels import ahead, expand, layout, sample
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.operation import CompiledFunction
-from ondevice.layers.attention import attention, positions
+from ondevice.layers.attention import Attention, positions
 from ondevice.layers.deltanet import deltanet
 from ondevice.layers.moe import moe
 from ondevice.layers.output import logits
@@ -56,13 +56,13 @@ class Forward:
             per_token=True,
             then=layout.CHAIN,
         )
-        angles = positions(trunk, config)
+        at = positions(trunk, config)
         for layer, recurrent in enumerate(config.recurrent):
             index = config.recurrent[:layer].count(recurrent)
             if recurrent:
                 mixed = deltanet(trunk, config, weights, layer, x, index)
             else:
-                mixed = attention(trunk, config, weights, layer, x, angles, index, kv)
+                mixed = Attention(trunk, config, weights, layer, index, kv).mixed(x, at)
             with trunk.stage("experts"):
                 moe(trunk, config, weights, layer, x, mixed, pool)
         self.prefill = trunk.take()

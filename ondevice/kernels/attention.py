@@ -51,9 +51,10 @@ from ondevice.kernels.layout import (
     POSITION,
     WORD,
     argument,
+    heads_of_task,
     word,
 )
-from ondevice.kernels.norm import heads_of_task, normalize
+from ondevice.kernels.norm import normalize
 from ondevice.kernels.operation import CompiledFunction, operation
 from ondevice.kernels.rows import ROWS
 from ondevice.kernels.simd import (

@@ -34,9 +34,10 @@ from ondevice.kernels.layout import (
     TENTATIVE,
     are_few,
     argument,
+    heads_of_task,
     word,
 )
-from ondevice.kernels.norm import heads_of_task, squared_length
+from ondevice.kernels.norm import squared_length
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
     f32x16,

@@ -76,3 +76,11 @@ def argument(operation: int, index: int) -> int:
 def are_few(step: int) -> bool:
     """Whether the batch has at most FEW tokens."""
     return word(step, COUNT) <= FEW
+
+
+@inner
+def heads_of_task(step, task, heads, few):
+    """(token, first head, end): all heads of a token, or `few` of them where tokens are few."""
+    used = few if are_few(step) else heads
+    parts = heads // used
+    return task // parts, task % parts * used, (task % parts + 1) * used

@@ -11,7 +11,7 @@ import numpy as np
 
 from ondevice.kernels.activation import quantize_columns, quantize_row, silu
 from ondevice.kernels.arithmetic import fma, lane_sum
-from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, are_few, argument, word
+from ondevice.kernels.layout import ARGUMENTS, FIRST, WORD, argument, heads_of_task, word
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import f32x16, load_f32, load_some, store_some, zero
 from quant.jit import inner
@@ -73,14 +73,6 @@ def add_row(x, addend, columns):
     for c in range(0, columns, 16):
         left = columns - c
         store_some(x + 4 * c, load_some(x + 4 * c, left) + load_some(addend + 4 * c, left), left)
-
-
-@inner
-def heads_of_task(step, task, heads, few):
-    """(token, first head, end): all heads of a token, or `few` of them where tokens are few."""
-    used = few if are_few(step) else heads
-    parts = heads // used
-    return task // parts, task % parts * used, (task % parts + 1) * used
 
 
 @operation

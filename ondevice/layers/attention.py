@@ -7,6 +7,7 @@
 HF: Qwen3NextAttention in transformers, models/qwen3_next/modeling_qwen3_next.py.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,10 @@ from ondevice.config import Config
 from ondevice.kernels import attention as kernels
 from ondevice.kernels.layout import BESIDE, CHAIN
 from ondevice.program import Activation, Buffer, Program, float_bits, record_arguments
-from ondevice.weights import Weights
+from ondevice.weights import Matrix, Weights
 
 
-class Batch(NamedTuple):
+class Positions(NamedTuple):
     """What a batch's positions say to all attention layers: addresses."""
 
     angles: int
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
     partials: int
 
 
-def positions(program: Program, config: Config, then: int = CHAIN) -> Batch:
+def positions(program: Program, config: Config, then: int = CHAIN) -> Positions:
     """Add what depends on a batch's positions alone; `then` is what may follow."""
     pairs = config.rope_dimensions // 2
     exponents = np.arange(0, config.rope_dimensions, 2, dtype=np.float32)
@@ -42,142 +43,102 @@ def positions(program: Program, config: Config, then: int = CHAIN) -> Batch:
         then=then,
     )
     partials = np.zeros(kernels.partial_bytes(config.heads, config.head_dim), np.uint8)
-    return Batch(table, int(tasks.ctypes.data), program.keep(partials))
+    return Positions(table, int(tasks.ctypes.data), program.keep(partials))
 
 
-def attention(
-    program: Program,
-    config: Config,
-    weights: Weights,
-    layer: int,
-    x: Buffer,
-    batch: Batch,
-    index: int,
-    kv: str,
-) -> Buffer:
-    """y for every token; `index` counts the attention layers before this one, kv says how keys and
-    values are kept."""
-    block = f"blk.{layer}"
-    hidden, size = config.hidden, config.head_dim
-    q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
-    k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
-    v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
-    readers = (q_matrix, k_matrix, v_matrix)
+@dataclass(frozen=True)
+class Attention:
+    """One layer's, to be added to a program; `index` counts the attention layers before it, kv says
+    how keys and values are kept."""
 
-    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
-    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    with program.stage("attention"):
-        q = program.linear(q_matrix, h, "q", then=BESIDE)
-        k = program.linear(k_matrix, h, "k", then=BESIDE)
-        v = program.linear(v_matrix, h, "v")
-        _keep(program, config, weights, layer, q, (k, v), batch, index, kv)
-    return _attend(program, config, weights, layer, q, batch, index, kv)
+    program: Program
+    config: Config
+    weights: Weights
+    layer: int
+    index: int
+    kv: str
 
+    def mixed(self, x: Buffer, at: Positions) -> Buffer:
+        """y for every token."""
+        h = self._input(x)
+        with self.program.stage("attention"):
+            q = self.program.linear(self._queries, h, "q", then=BESIDE)
+            self._keep(q, self._keys_and_values(h), at)
+        return self._attend(q, at)
 
-def attention_to_kept(
-    program: Program,
-    config: Config,
-    weights: Weights,
-    layer: int,
-    h: Activation,
-    batch: Batch,
-    index: int,
-    kv: str,
-) -> Buffer:
-    """As `attention`, of tokens whose keys and values are kept already; h is norm(x)."""
-    rows = 2 * config.heads * config.head_dim
-    with program.stage("attention"):
-        matrix = weights.matrix(f"blk.{layer}.attn_q.weight", rows, config.hidden)
-        q = program.linear(matrix, h, "q")
-        _keep(program, config, weights, layer, q, None, batch, index, kv)
-    return _attend(program, config, weights, layer, q, batch, index, kv)
+    def follow(self, x: Buffer, at: Positions) -> Activation:
+        """Keep every token's keys and values, and nothing else; norm(x)."""
+        h = self._input(x)
+        with self.program.stage("attention"):
+            self._keep(None, self._keys_and_values(h), at)
+        return h
 
+    def mixed_after(self, h: Activation, at: Positions) -> Buffer:
+        """y for tokens that `follow` has seen; h is norm(x)."""
+        with self.program.stage("attention"):
+            q = self.program.linear(self._queries, h, "q")
+            self._keep(q, None, at)
+        return self._attend(q, at)
 
-def keys_and_values(
-    program: Program,
-    config: Config,
-    weights: Weights,
-    layer: int,
-    x: Buffer,
-    batch: Batch,
-    index: int,
-    kv: str,
-) -> Activation:
-    """Keep those of every token, and nothing else of `attention`; norm(x)."""
-    block = f"blk.{layer}"
-    hidden, size = config.hidden, config.head_dim
-    q_matrix = weights.matrix(f"{block}.attn_q.weight", 2 * config.heads * size, hidden)
-    k_matrix = weights.matrix(f"{block}.attn_k.weight", config.kv_heads * size, hidden)
-    v_matrix = weights.matrix(f"{block}.attn_v.weight", config.kv_heads * size, hidden)
-    attn_norm = weights.vector(f"{block}.attn_norm.weight", hidden)
-    readers = (q_matrix, k_matrix, v_matrix)
-    h = program.norm(x, attn_norm, config.norm_epsilon, "mixer input", readers)
-    with program.stage("attention"):
-        k = program.linear(k_matrix, h, "k", then=BESIDE)
-        v = program.linear(v_matrix, h, "v")
-        _keep(program, config, weights, layer, None, (k, v), batch, index, kv)
-    return h
+    @property
+    def _queries(self) -> Matrix:
+        return self._matrix("q", 2 * self.config.heads)
 
+    def _matrix(self, part: str, heads: int) -> Matrix:
+        config, name = self.config, f"blk.{self.layer}.attn_{part}.weight"
+        return self.weights.matrix(name, heads * config.head_dim, config.hidden)
 
-def _keep(
-    program: Program,
-    config: Config,
-    weights: Weights,
-    layer: int,
-    q: Buffer | None,
-    keys: tuple[Buffer, Buffer] | None,
-    batch: Batch,
-    index: int,
-    kv: str,
-) -> None:
-    """Norm and rotate queries, and keep keys and values, of those that are there."""
-    size = config.head_dim
-    heads, kv_heads = (config.heads if q else 0), (config.kv_heads if keys else 0)
-    buffers = (q, *(keys or (None, None)))
-    places = [(x.address, x.row_bytes) if x else (0, 0) for x in buffers]
-    program.add(
-        kernels.CACHES[kv].inputs,
-        *(word for place in places for word in place),
-        *(heads, kv_heads, size, config.rope_dimensions // 2, batch.angles),
-        program.keep(weights.vector(f"blk.{layer}.attn_q_norm.weight", size)),
-        program.keep(weights.vector(f"blk.{layer}.attn_k_norm.weight", size)),
-        float_bits(config.norm_epsilon),
-        index,
-        tasks=heads + kv_heads,
-        per_token=True,
-    )
+    def _input(self, x: Buffer) -> Activation:
+        """norm(x), for all three matrices."""
+        k, v = (self._matrix(part, self.config.kv_heads) for part in "kv")
+        norm = self.weights.vector(f"blk.{self.layer}.attn_norm.weight", self.config.hidden)
+        readers = (self._queries, k, v)
+        return self.program.norm(x, norm, self.config.norm_epsilon, "mixer input", readers)
 
+    def _keys_and_values(self, h: Activation) -> tuple[Buffer, Buffer]:
+        k = self.program.linear(self._matrix("k", self.config.kv_heads), h, "k", then=BESIDE)
+        return k, self.program.linear(self._matrix("v", self.config.kv_heads), h, "v")
 
-def _attend(
-    program: Program,
-    config: Config,
-    weights: Weights,
-    layer: int,
-    q: Buffer,
-    batch: Batch,
-    index: int,
-    kv: str,
-) -> Buffer:
-    """From the queries on."""
-    size = config.head_dim
-    columns = config.heads * size
-    out_matrix = weights.matrix(f"blk.{layer}.attn_output.weight", config.hidden, columns)
-    with program.stage("attention"):
-        o = program.activation("attention output", columns, (out_matrix,))
-        heads = program.heads_of_task(config.heads, o)
-        scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
-        program.scratch_bytes = max(program.scratch_bytes, scratch)
+    def _keep(self, q: Buffer | None, keys: tuple[Buffer, Buffer] | None, at: Positions) -> None:
+        """Norm and rotate queries, and keep keys and values, of those that are there."""
+        config, program, size = self.config, self.program, self.config.head_dim
+        heads, kv_heads = (config.heads if q else 0), (config.kv_heads if keys else 0)
+        buffers = (q, *(keys or (None, None)))
+        places = [(x.address, x.row_bytes) if x else (0, 0) for x in buffers]
         program.add(
-            kernels.CACHES[kv].attend,
-            *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
-            *(o.floats.address, o.floats.row_bytes, index, batch.partials),
-            times=batch.tasks,
-        )
-        program.add(
-            kernels.attention_output,
-            *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
-            *(batch.partials, *record_arguments(o), heads),
+            kernels.CACHES[self.kv].inputs,
+            *(word for place in places for word in place),
+            *(heads, kv_heads, size, config.rope_dimensions // 2, at.angles),
+            program.keep(self.weights.vector(f"blk.{self.layer}.attn_q_norm.weight", size)),
+            program.keep(self.weights.vector(f"blk.{self.layer}.attn_k_norm.weight", size)),
+            float_bits(config.norm_epsilon),
+            self.index,
+            tasks=heads + kv_heads,
             per_token=True,
-            few=config.heads // heads,
         )
-    return program.linear(out_matrix, o, "mixer output")
+
+    def _attend(self, q: Buffer, at: Positions) -> Buffer:
+        """From the queries on."""
+        config, program, size = self.config, self.program, self.config.head_dim
+        columns = config.heads * size
+        name = f"blk.{self.layer}.attn_output.weight"
+        out_matrix = self.weights.matrix(name, config.hidden, columns)
+        with program.stage("attention"):
+            o = program.activation("attention output", columns, (out_matrix,))
+            heads = program.heads_of_task(config.heads, o)
+            scratch = kernels.scratch_bytes(config.heads, config.kv_heads, size)
+            program.scratch_bytes = max(program.scratch_bytes, scratch)
+            program.add(
+                kernels.CACHES[self.kv].attend,
+                *(q.address, q.row_bytes, config.heads, config.kv_heads, size),
+                *(o.floats.address, o.floats.row_bytes, self.index, at.partials),
+                times=at.tasks,
+            )
+            program.add(
+                kernels.attention_output,
+                *(q.address, q.row_bytes, config.heads, size, o.floats.address, o.floats.row_bytes),
+                *(at.partials, *record_arguments(o), heads),
+                per_token=True,
+                few=config.heads // heads,
+            )
+        return program.linear(out_matrix, o, "mixer output")

@@ -19,7 +19,7 @@ from ondevice.experts import Pool
 from ondevice.kernels import ahead
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.layout import BESIDE, WORD
-from ondevice.layers.attention import attention_to_kept, keys_and_values, positions
+from ondevice.layers.attention import Attention, positions
 from ondevice.layers.moe import moe
 from ondevice.layers.output import logits
 from ondevice.program import (
@@ -58,16 +58,17 @@ def head(
     candidates = Candidates(tail, output)
     floats = tail.activation("draft input", config.hidden, (output,)).floats
 
-    batch = positions(program, config)
+    attention = Attention(program, config, weights, config.layers, 0, kv)
+    at = positions(program, config)
     inputs = _inputs(program, config, weights, block, record, floats)
     _combine(program, weights, block, inputs, config, x)
-    h = keys_and_values(program, config, weights, config.layers, x, batch, 0, kv)
+    h = attention.follow(x, at)
     follow = program.take()
 
     rows = (x.address, x.row_bytes, h.floats.address, h.floats.row_bytes, *record_arguments(h))
     program.add(ahead.take_last, *rows)
-    batch = positions(program, config, then=BESIDE)
-    mixed = attention_to_kept(program, config, weights, config.layers, h, batch, 0, kv)
+    at = positions(program, config, then=BESIDE)
+    mixed = attention.mixed_after(h, at)
     with program.stage("experts"):
         moe(program, config, weights, config.layers, x, mixed, pool)
     one = follow + program.take()
