@@ -5,7 +5,7 @@ columns beyond a multiple of sixteen. Four rows meet four tokens at a time.
 """
 
 from ondevice.kernels.arithmetic import fma
-from ondevice.kernels.dot.tile import FOUR, ByLayout, Layout, row_at, rows_at
+from ondevice.kernels.dot.tile import EIGHT, FOUR, ByLayout, Layout, row_at, rows_at
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.simd import (
     f32x16,
@@ -19,7 +19,7 @@ from ondevice.kernels.simd import (
     store_f32,
 )
 from ondevice.kernels.sums import add_products
-from ondevice.kernels.tiles import store_folded, tile1, tile4, zero_floats
+from ondevice.kernels.tiles import store_folded, tile1, tile2, tile4, zero_floats
 from quant.jit import inner
 
 AHEAD = 4096
@@ -146,6 +146,13 @@ def multiply(layout, size, w, row_bytes, rows, columns, a, a_bytes, i, out, o_by
                 out, o_bytes, o, t, False,
             )  # fmt: skip
             t += 4
+    if EIGHT:
+        while t + 2 <= tokens:
+            all_rows(
+                layout, size, tile2, w, row_bytes, rows, columns, a, a_bytes, i,
+                out, o_bytes, o, t, t == 0,
+            )  # fmt: skip
+            t += 2
     while t < tokens:
         all_rows(
             layout, size, tile1, w, row_bytes, rows, columns, a, a_bytes, i,
