@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,39 +62,20 @@ def open_direct(path: Path) -> int:
 
 
 class ReadAhead:
-    """Has bytes of mapped files come into memory, in this order, in a thread, until it is closed.
+    """Has bytes of mapped files come into memory, in this order, in a thread, until it is closed or
+    dropped.
 
     By themselves pages come as they are touched, each a wait for the disk. Nothing is said of what
     cannot be read: whoever needs it will. Does nothing on Windows.
     """
 
     def __init__(self, mapped: Sequence[Array]) -> None:
-        self.closed = False
+        closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._read, args=(mapped,), name="ondevice-read-ahead", daemon=True
+            target=_read, args=(mapped, closed), name="ondevice-read-ahead", daemon=True
         )
+        self._close = weakref.finalize(self, closed.set)
         self._thread.start()
-
-    def _read(self, mapped: Sequence[Array]) -> None:
-        if sys.platform == "win32":
-            return
-        library = ctypes.CDLL(None)
-        stretches = [
-            data[max(0, at) : at + STRETCH]
-            for data in mapped
-            for at in range(-(data.ctypes.data % mmap.PAGESIZE), data.nbytes, STRETCH)
-        ]
-        # what a virtual machine reads from its disk is mapped by its host page by page, half a
-        # microsecond each, when it is touched; so it is touched here
-        touch = HAS_POPULATE and not all(_in_memory(library, stretch) for stretch in stretches)
-        for stretch in stretches:
-            if self.closed:
-                return
-            # in large pages, where the mapping wants them
-            if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
-                _advise(library, stretch, WILL_NEED)
-            elif touch:
-                stretch[:: mmap.PAGESIZE].max()
 
     def join(self) -> None:
         """Wait until everything has been asked for."""
@@ -101,8 +83,30 @@ class ReadAhead:
 
     def close(self) -> None:
         """Ask for nothing more."""
-        self.closed = True
+        self._close()
         self._thread.join()
+
+
+def _read(mapped: Sequence[Array], closed: threading.Event) -> None:
+    if sys.platform == "win32":
+        return
+    library = ctypes.CDLL(None)
+    stretches = [
+        data[max(0, at) : at + STRETCH]
+        for data in mapped
+        for at in range(-(data.ctypes.data % mmap.PAGESIZE), data.nbytes, STRETCH)
+    ]
+    # what a virtual machine reads from its disk is mapped by its host page by page, half a
+    # microsecond each, when it is touched; so it is touched here
+    touch = HAS_POPULATE and not all(_in_memory(library, stretch) for stretch in stretches)
+    for stretch in stretches:
+        if closed.is_set():
+            return
+        # in large pages, where the mapping wants them
+        if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
+            _advise(library, stretch, WILL_NEED)
+        elif touch:
+            stretch[:: mmap.PAGESIZE].max()
 
 
 def _in_memory(library: ctypes.CDLL, data: Array) -> bool:

@@ -54,25 +54,28 @@ def test_the_page_cache_is_filled_ahead(tmp_path: Path) -> None:
     assert not cached(0)
 
 
-def test_reading_ahead_ends_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_reading_ahead_ends(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started, may_go_on, asked = threading.Event(), threading.Event(), []
 
     def advise(library: object, data: np.ndarray, advice: int) -> int:
         asked.append(len(data))
         started.set()
-        may_go_on.wait(10)
+        assert may_go_on.wait(10)
         return 0
 
     monkeypatch.setattr(disk, "_advise", advise)
-    memory = np.zeros(3 * disk.STRETCH, np.uint8)
-    reading = disk.ReadAhead([memory])
-    started.wait(10)
-    closing = threading.Thread(target=reading.close)
-    closing.start()
-    while not reading.closed:
-        time.sleep(0.001)
-    may_go_on.set()
-    closing.join(10)
+    monkeypatch.setattr(disk, "_in_memory", lambda library, data: True)
+    reading: disk.ReadAhead | None = disk.ReadAhead([np.zeros(3 * disk.STRETCH, np.uint8)])
+    assert reading is not None
+    assert started.wait(10)
+    threading.Timer(0.1, may_go_on.set).start()
+    thread = reading._thread
+    if how == "closed":
+        reading.close()
+        assert not thread.is_alive()
+    reading = None
+    thread.join(10)
     assert len(asked) == 1
 
 
