@@ -54,7 +54,8 @@ WIDE_SHARES_PER_THREAD = 2
 """As many where a task reads many short streams, or what other threads have made: what lies at the
 edge of another thread's share takes long to come."""
 PARTS_PER_THREAD = 4
-"""A run of rows is one of so many parts for each thread of what is left: some may be slow."""
+"""A run of rows is one of so many parts for each thread of what is left: some may be slow. Of two
+threads neither should be, and each new run costs them a microsecond."""
 SHORTEST_RUN = 128 << 10
 """Bytes below which a run is hardly begun when it ends, if the threads have enough of them."""
 
@@ -475,7 +476,8 @@ class Program:
 
     def split(self, matrix: Matrix, touched: int = 1, unit: int = 0) -> Split:
         """How a matrix, or each of so many, falls into tasks; all but the last of whole units."""
-        rows, parts = matrix.rows, PARTS_PER_THREAD * self.threads
+        rows = matrix.rows
+        parts = self.threads * (PARTS_PER_THREAD if self.threads > 2 else 1)
         chunk = unit or self.rows_per_task(rows, touched)
         unit = unit or ROWS
         least = max(FEWEST_PANELS * ROWS, min(SHORTEST_RUN // matrix.row_bytes, rows // parts))

@@ -144,7 +144,8 @@ def test_runs_become_shorter(rows: int, row_bytes: int, threads: int, unit: int)
     lengths = lengths_of_runs(rows, row_bytes, threads, 1, unit)
     assert lengths == sorted(lengths, reverse=True)
     least = unit or FEWEST_PANELS * ROWS
-    assert lengths[0] <= max(rows / (PARTS_PER_THREAD * threads) + least, least)
+    parts = threads * (PARTS_PER_THREAD if threads > 2 else 1)
+    assert lengths[0] <= max(rows / parts + least, least)
 
 
 def test_short_rows_have_longer_runs() -> None:
