@@ -96,16 +96,17 @@ def _read(mapped: Sequence[Array], closed: threading.Event) -> None:
         for data in mapped
         for at in range(-(data.ctypes.data % mmap.PAGESIZE), data.nbytes, STRETCH)
     ]
-    # what a virtual machine reads from its disk is mapped by its host page by page, half a
-    # microsecond each, when it is touched; so it is touched here
-    touch = HAS_POPULATE and not all(_in_memory(library, stretch) for stretch in stretches)
+    if all(_in_memory(library, stretch) for stretch in stretches):
+        return
     for stretch in stretches:
         if closed.is_set():
             return
         # in large pages, where the mapping wants them
         if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
             _advise(library, stretch, WILL_NEED)
-        elif touch:
+        else:
+            # what a virtual machine reads from its disk is mapped by its host page by page, half a
+            # microsecond each, when it is touched
             stretch[:: mmap.PAGESIZE].max()
 
 

@@ -65,7 +65,7 @@ def test_reading_ahead_ends(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(disk, "_advise", advise)
-    monkeypatch.setattr(disk, "_in_memory", lambda library, data: True)
+    monkeypatch.setattr(disk, "_in_memory", lambda library, data: False)
     reading: disk.ReadAhead | None = disk.ReadAhead([np.zeros(3 * disk.STRETCH, np.uint8)])
     assert reading is not None
     assert started.wait(10)
@@ -79,6 +79,21 @@ def test_reading_ahead_ends(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
+def test_what_is_in_memory_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(disk, "_advise", lambda library, data, advice: asked.append(advice) or 1)
+    memory = np.zeros(3 * disk.STRETCH, np.uint8)
+    monkeypatch.setattr(disk, "_in_memory", lambda library, data: True)
+    disk.ReadAhead([memory]).join()
+    assert not asked
+    last = memory[-1:].ctypes.data
+    monkeypatch.setattr(
+        disk, "_in_memory", lambda library, data: data.ctypes.data + data.nbytes <= last
+    )
+    disk.ReadAhead([memory]).join()
+    assert asked
+
+
 def test_every_byte_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = np.zeros(5 * disk.STRETCH, np.uint8)
     pieces = [memory[10:20], memory[100 : 3 * disk.STRETCH + 1], memory[-disk.STRETCH - 5 :]]
@@ -89,6 +104,7 @@ def test_every_byte_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(disk, "_advise", advise)
+    monkeypatch.setattr(disk, "_in_memory", lambda library, data: False)
     monkeypatch.setattr(disk, "HAS_POPULATE", False)
     disk.ReadAhead(pieces).join()
     at = 0
