@@ -105,8 +105,8 @@ def _read(mapped: Sequence[Array], closed: threading.Event) -> None:
         if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
             _advise(library, stretch, WILL_NEED)
         else:
-            # what a virtual machine reads from its disk is mapped by its host page by page, half a
-            # microsecond each, when it is touched
+            # in a virtual machine the first touch of a page from disk takes half a microsecond, most
+            # likely since its host maps it then
             stretch[:: mmap.PAGESIZE].max()
 
 

@@ -1,7 +1,7 @@
 """Products for F32, F16 and BF16 weights with float32 activations.
 
 Sixteen columns at a time into one vector of partial sums per row and token, folded once; then the
-columns beyond a multiple of sixteen. Four rows meet four tokens at a time.
+columns beyond a multiple of sixteen. Four rows meet four tokens at a time, or two.
 """
 
 from ondevice.kernels.arithmetic import fma
