@@ -105,8 +105,8 @@ def _read(mapped: Sequence[Array], closed: threading.Event) -> None:
         if not HAS_POPULATE or _advise(library, stretch, POPULATE_READ):
             _advise(library, stretch, WILL_NEED)
         else:
-            # in a virtual machine the first touch of a page from disk takes half a microsecond, most
-            # likely since its host maps it then
+            # in a virtual machine the first touch of a page from disk takes half a microsecond,
+            # most likely since its host maps it then
             stretch[:: mmap.PAGESIZE].max()
 
 
