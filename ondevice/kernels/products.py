@@ -219,6 +219,18 @@ codes_apart = _codes_from((0, 64))
 
 
 @intrinsic
+def codes_by_quarter(typing: Any, kind: Any, rows: Any, offset: Any) -> Any:
+    """(tile, rows, offset) -> a tile of bytes: the tokens' 16 codes there in each quarter."""
+    tile = Tile(u8x64, kind.instance_type.count)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = places_of(builder, args[1], args[2])
+        return tile_of(builder, [_sixteen_of_all_rows(builder, at) for at in places])
+
+    return tile(kind, addresses_of(kind.instance_type), types.int64), lower
+
+
+@intrinsic
 def codes_dot(typing: Any, dots: Any, w: Any, codes: Any) -> Any:
     """dots + w * codes, the latter a tile of bytes."""
 
@@ -333,6 +345,12 @@ def _word_product(words_at: Any) -> Any:
     return product
 
 
+def _sixty_four(builder: ir.IRBuilder, address: Any) -> ir.Value:
+    return load_from(builder, address, ir.VectorType(I8, 64))
+
+
+words_dot = _word_product(_sixty_four)
+"""sums + the two products, per lane, of w (i16x32) and the token's 32 int16 there."""
 wide_dot_words = _word_product(_fours_of_all_rows)
 """sums + the two products, per lane, of w (i16x32) and the token's two int16 there."""
 quad_dot_words = _word_product(_sixteen_of_all_rows)

@@ -63,6 +63,20 @@ def pair_shuffle(lanes: Sequence[int]) -> Any:
     return shuffle
 
 
+@intrinsic
+def unmerged(typing: Any, value: Any) -> Any:
+    """The same vector, of which LLVM does not know where it is from.
+
+    It would merge two shuffles into one of two vectors, which takes some processors twice as long.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        return builder.asm(ir.FunctionType(kind, [kind]), "", "=v,0", [args[0]], False)
+
+    return value(value), lower
+
+
 def byte_shuffle(places: Sequence[int | None]) -> Any:
     """An intrinsic: in each quarter of a u8x64 the bytes at these places, None for zero."""
     assert len(places) == 16
@@ -228,6 +242,18 @@ def load_quad(typing: Any, address: Any, stride: Any) -> Any:
         return join(builder, pieces)
 
     return u8x64(types.intp, types.intp), lower
+
+
+@intrinsic
+def with_last_quarter(typing: Any, words: Any, address: Any) -> Any:
+    """An i16x32 with its last quarter replaced by the 16 bytes at address."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        last = load_from(builder, args[1], ir.VectorType(I16, 8))
+        wide = shuffle_lanes(builder, last, last, [*range(8)] * 4)
+        return shuffle_lanes(builder, args[0], wide, [*range(24), *range(56, 64)])
+
+    return i16x32(i16x32, types.intp), lower
 
 
 @intrinsic

@@ -254,8 +254,22 @@ def add_by_quarter(typing: Any, sums: Any, rows: Any, offset: Any, factor: Any) 
 
 
 @intrinsic
-def add_in_turn(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
-    """As four `add_scaled` of f32x4, one for each quarter, with the token's floats from there."""
+def add_vectors(typing: Any, sums: Any, rows: Any, offset: Any) -> Any:
+    """sums + the tokens' 16 int32 there."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = places_of(builder, args[1], args[2])
+        result = []
+        for place, total in zip(places, vectors_of(builder, args[0]), strict=True):
+            result.append(builder.add(total, load_from(builder, place, total.type)))
+        return tile_of(builder, result)
+
+    return sums(sums, addresses_of(sums), types.int64), lower
+
+
+@intrinsic
+def add_by_lane(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+    """As `add_scaled`, with a float of the token's for each lane, from its address + offset on."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = llvm_type(f32x16)
@@ -265,15 +279,39 @@ def add_in_turn(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, off
         )
         result = []
         for place, total, integers in values:
-            scales = builder.fmul(args[2], _four_by_quarter(builder, place, F32))
-            numbers = builder.sitofp(integers, kind)
+            scale = builder.fmul(args[2], load_from(builder, place, kind))
+            operands = [builder.sitofp(integers, kind), scale, total]
+            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
+        return tile_of(builder, result)
+
+    return totals(totals, sums, factor, addresses_of(sums), types.int64), lower
+
+
+@intrinsic
+def add_floats(typing: Any, totals: Any, others: Any) -> Any:
+    """totals + others, both tiles of floats."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+        return tile_of(builder, [builder.fadd(total, other) for total, other in pairs])
+
+    return totals(totals, others), lower
+
+
+@intrinsic
+def add_in_turn(typing: Any, totals: Any, parts: Any) -> Any:
+    """totals (f32x4) + the first quarter of parts (f32x16), + the second, and so on."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+        for total, other in pairs:
             for quarter in range(0, 16, 4):
-                operands = [part(builder, numbers, quarter, 4), part(builder, scales, quarter, 4)]
-                total = call(builder, "llvm.fma.v4f32", total.type, [*operands, total])
+                total = builder.fadd(total, part(builder, other, quarter, 4))
             result.append(total)
         return tile_of(builder, result)
 
-    return totals(totals, sums, f32x16, addresses_of(sums), types.int64), lower
+    return totals(totals, parts), lower
 
 
 @intrinsic

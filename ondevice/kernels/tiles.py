@@ -169,6 +169,19 @@ def store_floats(typing: Any, address: Any, tile: Any) -> Any:
 
 
 @intrinsic
+def store_vectors(typing: Any, rows: Any, offset: Any, tile: Any) -> Any:
+    """Store each vector at the token's address + offset."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = places_of(builder, args[0], args[1])
+        for place, vector in zip(places, vectors_of(builder, args[2]), strict=True):
+            store_to(builder, place, vector)
+        return context.get_dummy_value()
+
+    return types.none(rows, types.int64, tile), lower
+
+
+@intrinsic
 def store_first(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
     """Store the first lane of each vector at the token's address + offset."""
 

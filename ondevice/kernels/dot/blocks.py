@@ -8,7 +8,8 @@ scale y, and the exact int32 sums of a block,
     Q4_1, Q5_1                                   w . a += y d (codes . a);  w . a += y m (sum a)
 
 Full bytes count as codes with an offset of 128 where dot products need that (tiles.BIASED).
-Records hold -8 times the sum of a: `factor` below makes it the surplus to be added.
+Records hold -8 times the sum of a: `factor` below makes it the surplus to be added. The rest of
+Q4_0 and IQ4_NL is in pairs.py.
 Block layouts: quant/q8_0.py, q4_0.py, ..., mxfp4.py.
 """
 
@@ -22,7 +23,6 @@ from ondevice.kernels.dot.tile import (
     ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
-    full_codes,
     high_four,
     low_four,
     multiply,
@@ -35,8 +35,6 @@ from ondevice.kernels.dot.tile import (
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
-    codes_dot,
-    halves_of_four_blocks,
     quad_dot,
     quad_dot_bytes,
     wide_dot_bytes,
@@ -50,25 +48,18 @@ from ondevice.kernels.shuffles import (
     exponent_scale,
     half_in_each,
     half_words,
-    halves,
     load_quad,
-    pair_shuffle,
 )
-from ondevice.kernels.simd import bitcast, f32x16, i16x32, load, store, u8x64, u32x16, zero
+from ondevice.kernels.simd import bitcast, f32x16, load, store, u8x64, u32x16, zero
 from ondevice.kernels.sums import (
-    add_by_quarter,
-    add_in_turn,
     add_multiple,
     add_scaled,
     begin_dots,
-    by_quarter,
     end_dots,
-    fold_four,
     fold_quads,
 )
 from ondevice.kernels.tiles import (
     BIASED,
-    BY_FOURS,
     IN_ONE,
     STEPS_4,
     STEPS_5,
@@ -77,17 +68,14 @@ from ondevice.kernels.tiles import (
     load_floats,
     spread,
     store_floats,
-    zero_dots,
     zero_floats,
-    zero_fours,
     zero_sums,
 )
 from quant.jit import inner
 
 BLOCK = 32
-SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
-Q4_0, Q4_1, Q5_0, Q5_1, MXFP4 = (Layout(name) for name in SMALL)
-Q8_0, IQ4_NL = Layout("Q8_0"), Layout("IQ4_NL")
+NAMES = ("Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q8_0")
+Q4_1, Q5_0, Q5_1, MXFP4, Q8_0 = (Layout(name) for name in NAMES)
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 BIAS = np.uint8(128 if BIASED else 0)
 BIAS_FACTOR = 16 if BIASED else 0
@@ -151,18 +139,6 @@ def add_fifth_bits(bits, codes):
         store(codes + 64 * k + 64, load(u32x16, codes + 64 * k + 64) | second)
 
 
-@quad_blocks.register(Q4_0)
-def quad_q4_0(layout, block, row_bytes):
-    x, header = load_quad(block + 2, row_bytes), load_quad(block, row_bytes)
-    return low_four(x), high_four(x), first_half(header), zero(f32x16)
-
-
-@block_unpackers.register(Q4_0)
-def unpack_q4_0(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
-    unpack_nibbles(w + 2, row_bytes, codes)
-
-
 @quad_blocks.register(Q4_1)
 def quad_q4_1(layout, block, row_bytes):
     x, header = load_quad(block + 4, row_bytes), load_quad(block, row_bytes)
@@ -222,21 +198,6 @@ def unpack_mxfp4(layout, w, row_bytes, codes, d, m):
         store(codes + 64 * k, mxfp4_codes(load(u8x64, codes + 64 * k)))
 
 
-@quad_blocks.register(IQ4_NL)
-def quad_iq4_nl(layout, block, row_bytes):
-    x, header = load_quad(block + 2, row_bytes), load_quad(block, row_bytes)
-    low, high = full_codes(low_four(x)), full_codes(high_four(x))
-    return low, high, first_half(header), zero(f32x16)
-
-
-@block_unpackers.register(IQ4_NL)
-def unpack_iq4_nl(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
-    unpack_nibbles(w + 2, row_bytes, codes)
-    for k in range(8):
-        store(codes + 64 * k, full_codes(load(u8x64, codes + 64 * k)))
-
-
 @quad_blocks.register(Q8_0)
 def quad_q8_0(layout, block, row_bytes):
     x, y = load_quad(block + 2, row_bytes), load_quad(block + 18, row_bytes)
@@ -286,79 +247,23 @@ def full_quad(layout, tile, block, row_bytes, rows, at):
     return fold_quads(sums), d
 
 
-# of 32 words from the first of four blocks on, and of 32 from 4 words later on; a block has 9
-CODE_WORDS = [9 * block + word for block in range(4) for word in range(1, 9)]
-codes_of_four = pair_shuffle([word if word < 32 else word - 4 + 32 for word in CODE_WORDS])
-heads_of_two = pair_shuffle([9 * block + 32 * row for block in range(4) for row in range(2)])
-heads_of_four = pair_shuffle(
-    [2 * block + 8 * pair + row for block in range(4) for pair in range(2) for row in range(2)]
-)
-
-
-def values_of(layout, numbers):
-    """The codes of numbers 0 .. 15, as they are multiplied."""
-    raise NotImplementedError("only inside compiled kernels")
-
-
-values = ByLayout(values_of)
-
-
-@values.register(Q4_0)
-def values_of_q4_0(layout, numbers):
-    return numbers
-
-
-@values.register(IQ4_NL)
-def values_of_iq4_nl(layout, numbers):
-    return full_codes(numbers)
-
-
 @inner
-def row_of_four(layout, tile, words, block, low, high):
-    """Dots of a row's four blocks, the first words of which are given: a quarter is a block."""
-    numbers = bitcast(u8x64, codes_of_four(words, load(i16x32, block + 8)))
-    dots = codes_dot(zero_dots(tile), values_of(layout, low_four(numbers)), low)
-    return codes_dot(dots, values_of(layout, high_four(numbers)), high)
-
-
-@inner
-def fours_of_quads(layout, factor, tile, w, row_bytes, columns, rows):
-    """The blocks of 18 bytes of four rows that come in fours: f32x4, a lane being a row."""
-    totals = zero_fours(tile)
-    for four in range(columns // (4 * BLOCK)):
-        a, b = w + 72 * four, 4 * four
-        if four % 2 == 0:
-            ask_quad(a, row_bytes, 144)
-        low, high = halves_of_four_blocks(tile, rows, BLOCK * b)
-        words_a = load(i16x32, a)
-        dots_a = row_of_four(layout, tile, words_a, a, low, high)
-        a += row_bytes
-        words_b = load(i16x32, a)
-        dots_b = row_of_four(layout, tile, words_b, a, low, high)
-        a += row_bytes
-        words_c = load(i16x32, a)
-        dots_c = row_of_four(layout, tile, words_c, a, low, high)
-        a += row_bytes
-        words_d = load(i16x32, a)
-        dots_d = row_of_four(layout, tile, words_d, a, low, high)
-        d = halves(heads_of_four(heads_of_two(words_a, words_b), heads_of_two(words_c, words_d)))
-        sums = fold_four(dots_a, dots_b, dots_c, dots_d)
-        sums = add_by_quarter(sums, rows, sums_at(columns, b), factor)
-        totals = add_in_turn(totals, sums, d, rows, scale_at(columns, b))
-    return totals
+def add_small_block(totals, layout, block_bytes, factor, tile, w, row_bytes, columns, rows, b):
+    """Small codes with an offset: `factor` times what the records hold is added."""
+    sums, d, _ = small_quad(layout, tile, w + block_bytes * b, row_bytes, rows, BLOCK * b)
+    sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), factor), 1)
+    return add_scaled(totals, sums, d, rows, scale_at(columns, b))
 
 
 @inner
 def small_quads(layout, block_bytes, factor, tile, w, row_bytes, columns, rows):
-    """Small codes with an offset: `factor` times what the records hold is added."""
     totals = zero_floats(tile)
     for b in range(columns // BLOCK):
-        block, at = w + block_bytes * b, BLOCK * b
         if b % 4 == 0:
-            ask_quad(block, row_bytes, 4 * block_bytes)
-        sums, d, _ = small_quad(layout, tile, block, row_bytes, rows, at)
-        sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), factor), 1)
-        totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
+            ask_quad(w + block_bytes * b, row_bytes, 4 * block_bytes)
+        totals = add_small_block(
+            totals, layout, block_bytes, factor, tile, w, row_bytes, columns, rows, b
+        )
     return totals
 
 
@@ -378,16 +283,20 @@ def quads_with_min(layout, block_bytes, tile, w, row_bytes, columns, rows):
 
 
 @inner
-def full_quads(layout, block_bytes, tile, w, row_bytes, columns, rows):
+def add_full_block(totals, layout, block_bytes, tile, w, row_bytes, columns, rows, b):
     """Full bytes."""
+    sums, d = full_quad(layout, tile, w + block_bytes * b, row_bytes, rows, BLOCK * b)
+    sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), BIAS_FACTOR), 1)
+    return add_scaled(totals, sums, d, rows, scale_at(columns, b))
+
+
+@inner
+def full_quads(layout, block_bytes, tile, w, row_bytes, columns, rows):
     totals = zero_floats(tile)
     for b in range(columns // BLOCK):
-        block, at = w + block_bytes * b, BLOCK * b
         if b % 4 == 0:
-            ask_quad(block, row_bytes, 4 * block_bytes)
-        sums, d = full_quad(layout, tile, block, row_bytes, rows, at)
-        sums = add_multiple(sums, spread(tile, rows, sums_at(columns, b), BIAS_FACTOR), 1)
-        totals = add_scaled(totals, sums, d, rows, scale_at(columns, b))
+            ask_quad(w + block_bytes * b, row_bytes, 4 * block_bytes)
+        totals = add_full_block(totals, layout, block_bytes, tile, w, row_bytes, columns, rows, b)
     return totals
 
 
@@ -416,14 +325,20 @@ def small_dots(tile, count, sums, codes, rows, at):
 
 
 @inner
+def add_small_panel(totals, factor, count, tile, panel, rows, columns, start, i):
+    """totals + block i of the panel."""
+    b = start // BLOCK + i
+    sums = spread(tile, rows, sums_at(columns, b), factor)
+    sums = small_dots(tile, count, sums, panel + 512 * i, rows, BLOCK * b)
+    d = load(f32x16, panel + D + 64 * i)
+    return add_scaled(totals, sums, d, rows, scale_at(columns, b))
+
+
+@inner
 def small_panel(factor, count, tile, panel, rows, columns, start, size, totals):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
-        b = start // BLOCK + i
-        sums = spread(tile, rows, sums_at(columns, b), factor)
-        sums = small_dots(tile, count, sums, panel + 512 * i, rows, BLOCK * b)
-        d = load(f32x16, panel + D + 64 * i)
-        total = add_scaled(total, sums, d, rows, scale_at(columns, b))
+        total = add_small_panel(total, factor, count, tile, panel, rows, columns, start, i)
     store_floats(totals, total)
 
 
@@ -441,49 +356,33 @@ def panel_with_min(count, tile, panel, rows, columns, start, size, totals):
 
 
 @inner
+def add_full_panel(totals, tile, panel, rows, columns, start, i):
+    """totals + block i of the panel."""
+    b = start // BLOCK + i
+    sums = spread(tile, rows, sums_at(columns, b), BIAS_FACTOR)
+    if IN_ONE:
+        pieces = panel + 512 * i
+        sums = add_multiple(sums, wide_dots_32(tile, pieces, rows, BLOCK * b), 1)
+    for first in range(0, 0 if IN_ONE else 8, STEPS_FULL):
+        dots = begin_dots(sums)
+        for j in range(STEPS_FULL):
+            k = first + j
+            piece = load(u8x64, panel + 512 * i + 64 * k)
+            dots = wide_dot_bytes(dots, piece, rows, BLOCK * b + 4 * k)
+        sums = end_dots(sums, dots)
+    d = load(f32x16, panel + D + 64 * i)
+    return add_scaled(totals, sums, d, rows, scale_at(columns, b))
+
+
+@inner
 def full_panel(tile, panel, rows, columns, start, size, totals):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
-        b = start // BLOCK + i
-        sums = spread(tile, rows, sums_at(columns, b), BIAS_FACTOR)
-        if IN_ONE:
-            pieces = panel + 512 * i
-            sums = add_multiple(sums, wide_dots_32(tile, pieces, rows, BLOCK * b), 1)
-        for first in range(0, 0 if IN_ONE else 8, STEPS_FULL):
-            dots = begin_dots(sums)
-            for j in range(STEPS_FULL):
-                k = first + j
-                piece = load(u8x64, panel + 512 * i + 64 * k)
-                dots = wide_dot_bytes(dots, piece, rows, BLOCK * b + 4 * k)
-            sums = end_dots(sums, dots)
-        d = load(f32x16, panel + D + 64 * i)
-        total = add_scaled(total, sums, d, rows, scale_at(columns, b))
+        total = add_full_panel(total, tile, panel, rows, columns, start, i)
     store_floats(totals, total)
 
 
 # ---- formats ----
-
-
-@quads.register(Q4_0)
-def q4_0_quads(layout, tile, w, row_bytes, columns, rows):
-    if BY_FOURS and columns % 128 == 0:
-        return by_quarter(fours_of_quads(Q4_0, 1, tile, w, row_bytes, columns, rows))
-    return small_quads(Q4_0, 18, 1, tile, w, row_bytes, columns, rows)
-
-
-@unpackers.register(Q4_0)
-def q4_0_unpack(layout, w, row_bytes, columns, panel):
-    unpack_blocks(Q4_0, 18, w, row_bytes, columns, panel)
-
-
-@panels.register(Q4_0)
-def q4_0_panel(layout, tile, panel, rows, columns, start, size, totals):
-    small_panel(1, STEPS_4, tile, panel, rows, columns, start, size, totals)
-
-
-@row_kernel
-def multiply_q4_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q4_0, 8 * 18, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
 
 
 @quads.register(Q4_1)
@@ -565,28 +464,6 @@ def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals):
 @row_kernel
 def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
     multiply(MXFP4, 8 * 17, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
-
-
-@quads.register(IQ4_NL)
-def iq4_nl_quads(layout, tile, w, row_bytes, columns, rows):
-    if BY_FOURS and columns % 128 == 0:
-        return by_quarter(fours_of_quads(IQ4_NL, BIAS_FACTOR, tile, w, row_bytes, columns, rows))
-    return full_quads(IQ4_NL, 18, tile, w, row_bytes, columns, rows)
-
-
-@unpackers.register(IQ4_NL)
-def iq4_nl_unpack(layout, w, row_bytes, columns, panel):
-    unpack_blocks(IQ4_NL, 18, w, row_bytes, columns, panel)
-
-
-@panels.register(IQ4_NL)
-def iq4_nl_panel(layout, tile, panel, rows, columns, start, size, totals):
-    full_panel(tile, panel, rows, columns, start, size, totals)
-
-
-@row_kernel
-def multiply_iq4_nl(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(IQ4_NL, 8 * 18, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
 
 
 @quads.register(Q8_0)

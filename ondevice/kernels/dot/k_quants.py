@@ -29,14 +29,17 @@ from ondevice.kernels.dot.tile import (
     lowered,
     multiply,
     panels,
+    preparers,
     quads,
     raised,
+    rows_at,
     unpackers,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
     codes_apart,
     codes_at,
+    codes_by_quarter,
     codes_dot,
     half_dot_words,
     quad_dot,
@@ -48,6 +51,7 @@ from ondevice.kernels.products import (
     wide_dot_words,
     wide_dots_16,
     wide_dots_32,
+    words_dot,
 )
 from ondevice.kernels.shuffles import (
     byte_shuffle,
@@ -58,8 +62,8 @@ from ondevice.kernels.shuffles import (
     load_quad,
     load_signed,
     load_twice,
-    pair_shuffle,
     quarters_lowered,
+    unmerged,
     word_fields,
 )
 from ondevice.kernels.simd import (
@@ -95,8 +99,10 @@ from ondevice.kernels.tiles import (
     STEPS_6,
     STEPS_FULL,
     load_floats,
+    spread,
     spread_words,
     store_floats,
+    store_vectors,
     zero_dots,
     zero_floats,
     zero_fours,
@@ -109,9 +115,9 @@ Q4_K, Q5_K, Q6_K, IQ4_XS = (Layout(name) for name in ("Q4_K", "Q5_K", "Q6_K", "I
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])
-header_high = byte_shuffle([None] * 4 + [*range(4, 8)] + [None] * 4 + [*range(8, 12)])
+header_high = byte_shuffle([*range(4, 8), *range(4, 8), *range(8, 12), *range(8, 12)])
 low_fields = word_fields((0, 0, 0, 4), (0x3F, 0x0F, 0x3F, 0x0F))
-high_fields = word_fields((2, 2, 2, 2), (0x30, 0x30, 0x30, 0x30))
+high_fields = word_fields((2, 2, 2, 2), (0, 0x30, 0, 0x30))
 mins_as_words = byte_shuffle([place for j in range(8) for place in (8 + j, None)])
 d_of_header, dmin_of_header = half_in_each(0), half_in_each(2)
 two_scales = byte_shuffle([0, None] * 4 + [1, None] * 4)
@@ -181,17 +187,18 @@ def add_quads(totals, empty_sums, sums, header, fields, rows, columns, b):
 
 
 def _scales_of_row(row: int) -> Any:
-    """For each half of a row's superblock an intrinsic: 6-bit fields of four rows, zeros -> words.
+    """For each half of a row's superblock an intrinsic: four rows' scales as words -> its own.
 
     A quarter gets the scale of the low nibbles' block four times, then that of the high nibbles'.
     """
     shuffles = []
     for half in range(2):
         blocks = [4 * half + quarter // 2 * 2 + i // 4 for quarter in range(4) for i in range(8)]
-        shuffles.append(pair_shuffle([place for b in blocks for place in (16 * row + b, 64)]))
+        shuffles.append(lane_shuffle([8 * row + block for block in blocks]))
     return shuffles
 
 
+scales_as_words = byte_shuffle([place for j in range(8) for place in (j, None)])
 row_0_first, row_0_last = _scales_of_row(0)
 row_1_first, row_1_last = _scales_of_row(1)
 row_2_first, row_2_last = _scales_of_row(2)
@@ -206,10 +213,31 @@ def row_of_q4_k(tile, codes, first_scales, last_scales, a, b, c, d):
     x, y = load(u8x64, codes), load(u8x64, codes + 64)
     even = codes_dot(zero_dots(tile), low_four(x), a)
     odd = codes_dot(zero_dots(tile), high_four(x), b)
-    sums = add_two_dots(zero_sums(tile), even, odd, words(first_scales))
+    sums = add_two_dots(zero_sums(tile), even, odd, first_scales)
     even = codes_dot(zero_dots(tile), low_four(y), c)
     odd = codes_dot(zero_dots(tile), high_four(y), d)
-    return add_two_dots(sums, even, odd, words(last_scales))
+    return add_two_dots(sums, even, odd, last_scales)
+
+
+PREPARED = 384
+"""Bytes of a superblock of a token in scratch: codes as they meet 64 nibbles, sums, scale."""
+
+
+@preparers.register(Q4_K)
+def prepare_q4_k(layout, tile, rows, columns, s):
+    if not BY_FOURS:
+        return rows
+    result = rows_at(tile, s, columns // SUPERBLOCK * PREPARED, 0, 0)
+    for i in range(columns // SUPERBLOCK):
+        at, to = SUPERBLOCK * i, PREPARED * i
+        sums = codes_by_quarter(tile, rows, sums_of_32_at(columns) + 16 * i)
+        store_vectors(result, to, codes_apart(tile, rows, at))
+        store_vectors(result, to + 64, codes_apart(tile, rows, at + 32))
+        store_vectors(result, to + 128, codes_apart(tile, rows, at + 128))
+        store_vectors(result, to + 192, codes_apart(tile, rows, at + 160))
+        store_vectors(result, to + 256, sums)
+        store_vectors(result, to + 320, spread(tile, rows, scales_at(columns) + 4 * i, 1))
+    return result
 
 
 @inner
@@ -217,27 +245,27 @@ def rows_q4_k(tile, w, row_bytes, columns, rows):
     """Four rows, one after the other in each superblock: f32x4, a lane being a row."""
     totals = zero_fours(tile)
     for i in range(columns // SUPERBLOCK):
-        block, at = w + 144 * i, SUPERBLOCK * i
+        block, at = w + 144 * i, PREPARED * i
         ask_quad(block, row_bytes, 144)
         header = load_quad(block, row_bytes)
-        fields, none = six_bit_fields(header), zero(u8x64)
-        a, b = codes_apart(tile, rows, at), codes_apart(tile, rows, at + 32)
-        c, d = codes_apart(tile, rows, at + 128), codes_apart(tile, rows, at + 160)
-        codes = block + 16
-        first, last = row_0_first(fields, none), row_0_last(fields, none)
+        fields = six_bit_fields(header)
+        a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
+        c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
+        codes, scales = block + 16, unmerged(words(scales_as_words(fields)))
+        first, last = row_0_first(scales), row_0_last(scales)
         sums_0 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
         codes += row_bytes
-        first, last = row_1_first(fields, none), row_1_last(fields, none)
+        first, last = row_1_first(scales), row_1_last(scales)
         sums_1 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
         codes += row_bytes
-        first, last = row_2_first(fields, none), row_2_last(fields, none)
+        first, last = row_2_first(scales), row_2_last(scales)
         sums_2 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
         codes += row_bytes
-        first, last = row_3_first(fields, none), row_3_last(fields, none)
+        first, last = row_3_first(scales), row_3_last(scales)
         sums_3 = row_of_q4_k(tile, codes, first, last, a, b, c, d)
         mins = words(mins_as_words(fields))
-        below = quad_dot_words(zero_sums(tile), mins, rows, sums_of_32_at(columns) + 16 * i)
-        factors, y_at = halves(d_and_dmin(words(header))), scales_at(columns) + 4 * i
+        below = words_dot(zero_sums(tile), mins, rows, at + 256)
+        factors, y_at = halves(d_and_dmin(words(header))), at + 320
         sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
         totals = add_scaled(totals, sums, four_first(factors), rows, y_at)
         minus_dmin = zero(f32x4) - four_last(factors)
@@ -319,7 +347,7 @@ def half_of_row(tile, sums, low, high, scales, a, b):
 @inner
 def row_of_q6_k(tile, block, rows, sums_at, a, b, c, d):
     """Scaled dots of a row's superblock, all lanes to be added."""
-    scales = load_signed(block + 192)
+    scales = unmerged(load_signed(block + 192))
     sums = half_dot_words(zero_sums(tile), scales * np.int16(-32), rows, sums_at)
     sums = half_of_row(tile, sums, block, block + 128, scales_of_first_half(scales), a, b)
     return half_of_row(tile, sums, block + 64, block + 160, scales_of_last_half(scales), c, d)

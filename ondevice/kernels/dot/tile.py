@@ -65,13 +65,15 @@ SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
 PANEL = 6656
 AHEAD = 1024
 """Bytes between what four rows read and what they ask of memory."""
+PREPARED = 2
+"""Bytes per column that a token's record takes at most when it is prepared for `quad`."""
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
 
 def scratch_bytes(columns: int) -> int:
     """Scratch that `multiply` needs for rows of any length."""
-    return PANEL + 64 * CHUNK
+    return max(PANEL + 64 * CHUNK, 2 * PREPARED * columns)
 
 
 class Layout(types.Type):
@@ -84,11 +86,13 @@ class Layout(types.Type):
 class ByLayout:
     """Functions with one implementation for each type that is passed first."""
 
-    def __init__(self, generic: Callable[..., Any]) -> None:
+    def __init__(
+        self, generic: Callable[..., Any], otherwise: Callable[..., Any] | None = None
+    ) -> None:
         self._implementations: dict[Any, Callable[..., Any]] = {}
 
         def choose(layout: Any, *arguments: Any) -> Callable[..., Any] | None:
-            return self._implementations.get(getattr(layout, "instance_type", None))
+            return self._implementations.get(getattr(layout, "instance_type", None), otherwise)
 
         overload(generic, strict=False, jit_options={"error_model": "numpy"})(choose)
 
@@ -250,6 +254,15 @@ def rows_of_eight(tile, base, row_bytes, index, token):
     )
 
 
+def prepare(layout, tile, rows, columns, s):
+    """Copies of the tokens' records at `rows`, in scratch and in the form that `quad` takes."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def as_they_are(layout, tile, rows, columns, s):
+    return rows
+
+
 def quad(layout, tile, w, row_bytes, columns, rows):
     """Four rows, `row_bytes` apart, times the tokens at the addresses `rows`: a tile of f32x16.
 
@@ -271,13 +284,14 @@ def multiply_panel(layout, tile, panel, rows, columns, start, size, totals):
     raise NotImplementedError("only inside compiled kernels")
 
 
+preparers = ByLayout(prepare, as_they_are)
 quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_panel)
 
 
 @inner
-def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, token):
+def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, token, s):
     """All rows times the tile's tokens."""
-    records = rows_at(tile, a, a_bytes, i, token)
+    records = prepare(layout, tile, rows_at(tile, a, a_bytes, i, token), columns, s)
     results = rows_at(tile, out, o_bytes, o, token)
     part = rows // 4
     for r in range(part):
@@ -378,7 +392,7 @@ def multiply(
     if left > 0:
         t = 0
         while t + 2 <= tokens:
-            few(layout, tile2, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t)
+            few(layout, tile2, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t, s)
             t += 2
         if t < tokens:
-            few(layout, tile1, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t)
+            few(layout, tile1, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t, s)

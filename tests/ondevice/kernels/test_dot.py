@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels.dot import blocks, expanded, floats, k_quants, tile
+from ondevice.kernels.dot import blocks, expanded, floats, k_quants, pairs, tile
 from ondevice.kernels.formats import READERS
 from quant.registry import FORMATS
 from tests.ondevice.kernels.harness import (
@@ -35,12 +35,13 @@ def column_counts(name: str) -> list[int]:
     length = FORMATS[name].length
     if length == 1:
         return [1, 5, 15, 16, 33, 100]
-    # blocks of 32 may be taken four at a time
-    return [length, 2 * length, 8 * length if length == 32 else 3 * length, 5 * length]
+    if length == 32:  # may be taken four at a time, and be added up in pairs of eight
+        return [length, 2 * length, 8 * length, 12 * length, 13 * length]
+    return [length, 2 * length, 3 * length, 5 * length]
 
 
 def test_every_family_of_formats_is_here() -> None:
-    families = {module.__name__ for module in (blocks, expanded, floats, k_quants)}
+    families = {module.__name__ for module in (blocks, expanded, floats, k_quants, pairs)}
     assert {reader.multiply.__module__ for reader in READERS.values()} == families
 
 
@@ -82,6 +83,16 @@ def test_bits_depend_on_neither_batch_nor_pieces(name: str) -> None:
                 for start, end in ((0, 1), (1, 4), (4, 9), (9, 25), (25, 35))
             ]
             assert bits(np.concatenate(pieces, axis=1)) == bits(whole[:tokens])
+
+
+@EACH
+def test_a_wide_row_keeps_to_its_scratch(name: str) -> None:
+    random = np.random.default_rng(SEED)
+    raw = random_blocks(name, 5, 16384, random)
+    records = random_records(READERS[name].activation, 3, 16384, random)
+    for tokens in (1, 2, 3):
+        product = multiply(name, raw, 16384, records[:tokens])
+        assert product_error(name, raw, records[:tokens], product) <= PRODUCT_ERROR
 
 
 @EACH
