@@ -113,6 +113,12 @@ def unpack_halves(words, d, m):
 
 
 @inner
+def unpack_d(w, row_bytes, d):
+    """The halves that blocks begin with."""
+    store(d, half_words(columns_of_sixteen(w, row_bytes)[0], np.uint32(0)))
+
+
+@inner
 def unpack_nibbles(w, row_bytes, codes):
     four = np.uint32(0x0F0F0F0F)
     for i, piece in enumerate(codes_of_sixteen(w, row_bytes)):
@@ -161,7 +167,7 @@ def quad_q5_0(layout, block, row_bytes):
 
 @block_unpackers.register(Q5_0)
 def unpack_q5_0(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_d(w, row_bytes, d)
     unpack_nibbles(w + 6, row_bytes, codes)
     add_fifth_bits(columns_of_sixteen(w + 2, row_bytes)[0], codes)
 
@@ -207,7 +213,7 @@ def quad_q8_0(layout, block, row_bytes):
 
 @block_unpackers.register(Q8_0)
 def unpack_q8_0(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_d(w, row_bytes, d)
     for half in range(2):
         pieces = codes_of_sixteen(w + 2 + 16 * half, row_bytes)
         for i, piece in enumerate(pieces):

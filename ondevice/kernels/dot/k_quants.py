@@ -94,6 +94,7 @@ from ondevice.kernels.tiles import (
     BIASED,
     BY_FOURS,
     IN_ONE,
+    NIBBLES,
     STEPS_4,
     STEPS_5,
     STEPS_6,
@@ -496,10 +497,14 @@ def unpack_q4_k(layout, w, row_bytes, columns, panel):
     for j in range(4):
         for part in range(2):
             pieces = codes_of_sixteen(w + 16 + 32 * j + 16 * part, row_bytes)
-            to = panel + 64 * (16 * j + 4 * part)
-            for i, piece in enumerate(pieces):
-                store(to + 64 * i, piece & four)
-                store(to + 64 * (8 + i), (piece >> np.uint32(4)) & four)
+            if NIBBLES:
+                for i, piece in enumerate(pieces):
+                    store(panel + 64 * (8 * j + 4 * part + i), piece)
+            else:
+                to = panel + 64 * (16 * j + 4 * part)
+                for i, piece in enumerate(pieces):
+                    store(to + 64 * i, piece & four)
+                    store(to + 64 * (8 + i), (piece >> np.uint32(4)) & four)
 
 
 @unpackers.register(Q5_K)
@@ -568,9 +573,23 @@ def unpack_iq4_xs(layout, w, row_bytes, columns, panel):
 
 
 @inner
+def add_mins(tile, sums, panel, rows, columns, start, totals):
+    """The tokens' totals + the scaled sums of a panel of Q4_K or Q5_K, and its mins."""
+    below, at = zero_sums(tile), sums_of_32_at(columns) + start // 16
+    for j in range(4):
+        pairs = load(i16x32, panel + PAIRS + 64 * j)
+        below = wide_dot_words(below, pairs, rows, at + 4 * j)
+    y_at = scales_at(columns) + start // 64
+    total = load_floats(tile, totals)
+    total = add_scaled(total, sums, load(f32x16, panel + D), rows, y_at)
+    total = add_scaled(total, below, load(f32x16, panel + M), rows, y_at)
+    store_floats(totals, total)
+
+
+@inner
 def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
     """A panel of Q4_K or Q5_K; `count` dots are added up before scaling."""
-    sums, below = zero_sums(tile), zero_sums(tile)
+    sums = zero_sums(tile)
     for j in range(8):
         if IN_ONE:
             dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
@@ -582,20 +601,33 @@ def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
                 k = 8 * j + first + i
                 dots = wide_dot(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-    at = sums_of_32_at(columns) + start // 16
+    add_mins(tile, sums, panel, rows, columns, start, totals)
+
+
+@inner
+def multiply_nibbles(tile, panel, rows, columns, start, totals):
+    """A panel of Q4_K whose bytes hold the codes of two blocks."""
+    sums, four = zero_sums(tile), np.uint32(0x0F0F0F0F)
     for j in range(4):
-        pairs = load(i16x32, panel + PAIRS + 64 * j)
-        below = wide_dot_words(below, pairs, rows, at + 4 * j)
-    y_at = scales_at(columns) + start // 64
-    total = load_floats(tile, totals)
-    total = add_scaled(total, sums, load(f32x16, panel + D), rows, y_at)
-    total = add_scaled(total, below, load(f32x16, panel + M), rows, y_at)
-    store_floats(totals, total)
+        at, codes, scales = start + 64 * j, panel + 512 * j, panel + SCALES + 128 * j
+        even, odd = zero_dots(tile), zero_dots(tile)
+        for k in range(8):
+            piece = load(u32x16, codes + 64 * k) & four
+            even = wide_dot(even, bitcast(u8x64, piece), rows, at + 4 * k)
+        sums = add_dots(sums, even, load(i32x16, scales))
+        for k in range(8):
+            piece = (load(u32x16, codes + 64 * k) >> np.uint32(4)) & four
+            odd = wide_dot(odd, bitcast(u8x64, piece), rows, at + 32 + 4 * k)
+        sums = add_dots(sums, odd, load(i32x16, scales + 64))
+    add_mins(tile, sums, panel, rows, columns, start, totals)
 
 
 @panels.register(Q4_K)
 def multiply_panel_q4_k(layout, tile, panel, rows, columns, start, size, totals):
-    multiply_with_mins(tile, STEPS_4, panel, rows, columns, start, totals)
+    if NIBBLES:
+        multiply_nibbles(tile, panel, rows, columns, start, totals)
+    else:
+        multiply_with_mins(tile, STEPS_4, panel, rows, columns, start, totals)
 
 
 @panels.register(Q5_K)

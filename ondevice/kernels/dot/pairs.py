@@ -20,6 +20,8 @@ Elsewhere blocks are added up in order, which is faster there.
 Block layouts: quant/q4_0.py, iq4_nl.py.
 """
 
+import numpy as np
+
 from ondevice.kernels.dot.blocks import (
     BIAS_FACTOR,
     BLOCK,
@@ -33,11 +35,12 @@ from ondevice.kernels.dot.blocks import (
     scale_at,
     sums_at,
     unpack_blocks,
-    unpack_halves,
+    unpack_d,
     unpack_nibbles,
 )
 from ondevice.kernels.dot.tile import (
     ByLayout,
+    D,
     Layout,
     ask_quad,
     columns_of_sixteen,
@@ -52,7 +55,7 @@ from ondevice.kernels.dot.tile import (
     unpackers,
 )
 from ondevice.kernels.operation import row_kernel
-from ondevice.kernels.products import codes_at, codes_dot, halves_of_four_blocks
+from ondevice.kernels.products import codes_at, codes_dot, halves_of_four_blocks, wide_dot
 from ondevice.kernels.shuffles import (
     halves,
     lane_shuffle,
@@ -61,20 +64,23 @@ from ondevice.kernels.shuffles import (
     unmerged,
     with_last_quarter,
 )
-from ondevice.kernels.simd import bitcast, f32x16, i16x32, load, store, u8x64, zero
+from ondevice.kernels.simd import bitcast, f32x16, i16x32, load, store, u8x64, u32x16, zero
 from ondevice.kernels.sums import (
     add_by_lane,
     add_by_quarter,
     add_floats,
     add_in_turn,
+    add_scaled,
     add_vectors,
     by_quarter,
     fold_four,
 )
 from ondevice.kernels.tiles import (
     BY_FOURS,
+    NIBBLES,
     STEPS_4,
     load_floats,
+    spread,
     store_floats,
     store_vectors,
     zero_dots,
@@ -149,7 +155,23 @@ def add_block_iq4_nl(layout, totals, tile, w, row_bytes, columns, rows, b):
 
 @panel_adders.register(Q4_0)
 def add_panel_q4_0(layout, totals, tile, panel, rows, columns, start, i):
+    if NIBBLES:
+        return add_nibbles(totals, tile, panel, rows, columns, start, i)
     return add_small_panel(totals, 1, STEPS_4, tile, panel, rows, columns, start, i)
+
+
+@inner
+def add_nibbles(totals, tile, panel, rows, columns, start, i):
+    """The same of a panel whose bytes hold two codes each."""
+    b, four = start // BLOCK + i, np.uint32(0x0F0F0F0F)
+    sums, at = spread(tile, rows, sums_at(columns, b), 1), BLOCK * b
+    for k in range(4):
+        piece = load(u32x16, panel + 512 * i + 64 * k)
+        sums = wide_dot(sums, bitcast(u8x64, piece & four), rows, at + 4 * k)
+        piece = (piece >> np.uint32(4)) & four
+        sums = wide_dot(sums, bitcast(u8x64, piece), rows, at + 16 + 4 * k)
+    d = load(f32x16, panel + D + 64 * i)
+    return add_scaled(totals, sums, d, rows, scale_at(columns, b))
 
 
 @panel_adders.register(IQ4_NL)
@@ -172,13 +194,17 @@ def quad_iq4_nl(layout, block, row_bytes):
 
 @block_unpackers.register(Q4_0)
 def unpack_q4_0(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
-    unpack_nibbles(w + 2, row_bytes, codes)
+    unpack_d(w, row_bytes, d)
+    if NIBBLES:
+        for i, piece in enumerate(columns_of_sixteen(w + 2, row_bytes)):
+            store(codes + 64 * i, piece)
+    else:
+        unpack_nibbles(w + 2, row_bytes, codes)
 
 
 @block_unpackers.register(IQ4_NL)
 def unpack_iq4_nl(layout, w, row_bytes, codes, d, m):
-    unpack_halves(columns_of_sixteen(w, row_bytes)[0], d, m)
+    unpack_d(w, row_bytes, d)
     unpack_nibbles(w + 2, row_bytes, codes)
     for k in range(8):
         store(codes + 64 * k, full_codes(load(u8x64, codes + 64 * k)))

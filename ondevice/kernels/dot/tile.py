@@ -9,7 +9,8 @@ first-level cache,
     5120  pairs     8 x 16 x 2 i16
     5632  d, 6144 m  8 x 16 f32 each
 
-(how much of it is used is the format's business), and every token's sums of the sixteen rows wait
+(how much of it is used is the format's business; codes of four bits may share their bytes, see
+tiles.NIBBLES), and every token's sums of the sixteen rows wait
 in scratch for the next step. The value of an output is the same by either way: integer sums are
 exact, and the float sums take the steps in order, by the same expressions.
 
