@@ -70,6 +70,7 @@ ENDED = 1 << 30  # the turn after the last
 SPINS = 1000
 HANDFULS_PER_THREAD = 4
 NAP_LENGTH = 20 if sys.platform != "win32" else 0  # microseconds; milliseconds on Windows
+PR_SET_TIMERSLACK = 29  # of this thread alone, in nanoseconds; see prctl(2)
 SPACE = 128  # two words per thread, for the clock
 MOST_THREADS = SPACE - BYTES
 
@@ -355,6 +356,8 @@ class Team:
 
 def _serve(control: np.ndarray, thread: int) -> None:
     """A worker; holds on to the control record for as long as it lives."""
+    if sys.platform == "linux":  # which else lets each nap last 50 microseconds longer
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
     serve(control.ctypes.data, thread)
 
 
