@@ -22,7 +22,7 @@ from ondevice.kernels.sums import add_products
 from ondevice.kernels.tiles import store_folded, tile1, tile2, tile4, zero_floats
 from quant.jit import inner
 
-AHEAD = 4096
+AHEAD = 2048
 """Bytes between what rows read and what they ask of memory: little is computed with them."""
 F32, F16, BF16 = Layout("F32"), Layout("F16"), Layout("BF16")
 
