@@ -3,7 +3,8 @@
 A system message or a long document is prefilled once. The state after some multiples of BLOCK
 tokens is kept in the cache folder (state_folder.py): the last one within the system message, and
 the last two within the prompt, because another question often follows the same document. Only
-what saves at least BLOCK tokens of reading is worth a file.
+what saves at least BLOCK tokens of reading is worth a file. Another version of the kernels, or
+another processor, rounds differently: what they read is not found.
 
 The folder has a budget. What was not used for longest goes first; a longer beginning is never
 newer than the shorter ones that it stands on, so these outlive it.
@@ -23,6 +24,7 @@ from ondevice.state import State
 from ondevice.state_folder import BLOCK, StateFolder
 from quant.errors import Error
 from quant.folders import cache_root, private_folder
+from quant.jit import source_hash
 
 if TYPE_CHECKING:
     from ondevice.model import Model
@@ -40,7 +42,7 @@ class PromptCache:
         with suppress(OSError, RuntimeError):
             folder = folder or cache_root() / "prompts"
             if private_folder(folder):
-                self._states = StateFolder(folder, model)
+                self._states = StateFolder(folder, model, source_hash())
 
     def resume(self, tokens: Sequence[int], state: State) -> None:
         """Let the state, which took the first of `tokens`, take as many more as are kept.

@@ -4,9 +4,10 @@
     the memory after some tokens       <digest>-<position>.memory  and what no whole block holds
 
 A digest is a hash over the digest of the block before and the tokens of this one, and begins with
-the model, the kind of cache and the version of the format. So a name says all that the bytes
-depend on, and a file that is there never needs to be changed. Each is written under another name
-first and has checksums; one that does not read well is removed and counts as not there.
+the model, the kind of cache, the version of the format and, if wanted, what computed the state. So
+a name says all that the bytes depend on, and a file that is there never needs to be changed. Each
+is written under another name first and has checksums; one that does not read well is removed and
+counts as not there.
 """
 
 import hashlib
@@ -53,15 +54,20 @@ class Saved:
 
 
 class StateFolder:
-    """The states of one model in one folder, which exists and is private."""
+    """The states of one model in one folder, which exists and is private.
 
-    def __init__(self, folder: Path, model: "Model") -> None:
+    With `kernels`, a name for what computes states, only those that it computed are found.
+    """
+
+    def __init__(self, folder: Path, model: "Model", kernels: str = "") -> None:
         self.folder = folder
         state = State(model.config, 1, model.kv)
         rows, _, tile = state.tiles.shape
         self.memory_bytes = state.memory.nbytes
         self._tile_bytes = rows * tile
         seed = f"{VERSION} {model.fingerprint} {model.kv} {self.memory_bytes} {self._tile_bytes}"
+        if kernels:
+            seed += f" {kernels}"
         self._seed = hashlib.blake2b(seed.encode(), digest_size=16).digest()
         self._head = {"kind": KIND, "model": model.fingerprint}
 

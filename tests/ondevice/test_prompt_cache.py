@@ -124,6 +124,18 @@ def test_another_process_and_a_copy_of_the_model(tiny_path: Path, tmp_path: Path
     assert read == [1000, 1000 - 768, 1000]
 
 
+def test_other_kernels_read_for_themselves(
+    endless: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, folder = tokens_of(1000), tmp_path / "prompts"
+    read = []
+    for kernels in ("these", "those", "these"):
+        monkeypatch.setattr(prompt_cache, "source_hash", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(endless, "prompt_cache", PromptCache(endless, folder))
+        read.append(answer(endless, tokens).prefilled_tokens)
+    assert read == [1000, 1000, 1000 - 768]
+
+
 def test_damaged_files_are_not_used(cached: Model, tmp_path: Path) -> None:
     tokens = tokens_of(1000)
     expected = answer(cached, tokens).tokens
