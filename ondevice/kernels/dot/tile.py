@@ -10,9 +10,9 @@ first-level cache,
     5632  d, 6144 m  8 x 16 f32 each
 
 (how much of it is used is the format's business; codes of four bits may share their bytes, see
-tiles.NIBBLES), and every token's sums of the sixteen rows wait
-in scratch for the next step. The value of an output is the same by either way: integer sums are
-exact, and the float sums take the steps in order, by the same expressions.
+tiles.NIBBLES), and every token's sums of the sixteen rows wait in scratch for the next step. The
+value of an output is the same by either way: integer sums are exact, and the float sums take the
+steps in order, by the same expressions.
 
 Four rows that are taken together lie far apart, the first of each quarter of what is to be done:
 processors ask memory ahead by themselves for a few streams, each in pages of its own. Sixteen lie
