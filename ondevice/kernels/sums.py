@@ -268,26 +268,6 @@ def add_vectors(typing: Any, sums: Any, rows: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def add_by_lane(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
-    """As `add_scaled`, with a float of the token's for each lane, from its address + offset on."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = llvm_type(f32x16)
-        places = places_of(builder, args[3], args[4])
-        values = zip(
-            places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
-        )
-        result = []
-        for place, total, integers in values:
-            scale = builder.fmul(args[2], load_from(builder, place, kind))
-            operands = [builder.sitofp(integers, kind), scale, total]
-            result.append(call(builder, "llvm.fma.v16f32", kind, operands))
-        return tile_of(builder, result)
-
-    return totals(totals, sums, factor, addresses_of(sums), types.int64), lower
-
-
-@intrinsic
 def add_floats(typing: Any, totals: Any, others: Any) -> Any:
     """totals + others, both tiles of floats."""
 
@@ -326,25 +306,36 @@ def by_quarter(typing: Any, fours: Any) -> Any:
     return Tile(f32x16, fours.count)(fours), lower
 
 
-@intrinsic
-def add_scaled(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
-    """totals + float(sums) * (factor * the token's float at its address + offset), by one fma."""
+def _add_scaled(scale_at: Any) -> Any:
+    @intrinsic
+    def add(typing: Any, totals: Any, sums: Any, factor: Any, rows: Any, offset: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = llvm_type(factor)
+            result = []
+            places = places_of(builder, args[3], args[4])
+            values = zip(
+                places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
+            )
+            for place, total, integers in values:
+                scale = builder.fmul(args[2], scale_at(builder, place, kind))
+                operands = [builder.sitofp(integers, kind), scale, total]
+                name = f"llvm.fma.v{factor.lanes}f32"
+                result.append(call(builder, name, kind, operands))
+            return tile_of(builder, result)
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = llvm_type(factor)
-        result = []
-        places = places_of(builder, args[3], args[4])
-        values = zip(
-            places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
-        )
-        for place, total, integers in values:
-            scale = broadcast(builder, load_from(builder, place, F32), factor.lanes)
-            operands = [builder.sitofp(integers, kind), builder.fmul(args[2], scale), total]
-            name = f"llvm.fma.v{factor.lanes}f32"
-            result.append(call(builder, name, kind, operands))
-        return tile_of(builder, result)
+        return totals(totals, sums, factor, addresses_of(sums), types.int64), lower
 
-    return totals(totals, sums, factor, addresses_of(sums), types.int64), lower
+    return add
+
+
+def _same_in_all_lanes(builder: ir.IRBuilder, place: Any, kind: Any) -> ir.Value:
+    return broadcast(builder, load_from(builder, place, F32), kind.count)
+
+
+add_scaled = _add_scaled(_same_in_all_lanes)
+"""totals + float(sums) * (factor * the token's float at its address + offset), by one fma."""
+add_by_lane = _add_scaled(load_from)
+"""The same with a float of the token's for each lane, from its address + offset on."""
 
 
 @intrinsic

@@ -46,11 +46,11 @@ BIASED = HAS_VNNI_512 or HAS_VNNI_256
 IN_ONE = HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
 BY_FOURS = HAS_VNNI_512
-"""Whether one shuffle takes what it likes from two vectors: four blocks of a row at once pay."""
+"""Whether one or two tokens meet four blocks of a row at once: there are vectors that hold them."""
 NIBBLES = HAS_VNNI_512
 """Whether panels keep two codes of four bits a byte, and products take them apart.
 
-A store of 64 bytes takes two cycles, and while eight tokens are multiplied shifts cost nothing.
+A store of 64 bytes takes two cycles, and while eight tokens are multiplied shifts cost next to nothing.
 """
 MOST_TOKENS = 8 if HAS_AVX512BW else 4 if HAS_SDOT else 2
 """Tokens of the largest tile whose sums stay in the registers of this machine."""

@@ -66,15 +66,15 @@ SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
 PANEL = 6656
 AHEAD = 1024
 """Bytes between what four rows read and what they ask of memory."""
-PREPARED = 2
-"""Bytes per column that a token's record takes at most when it is prepared for `quad`."""
+PREPARED_PER_COLUMN = 2
+"""Bytes that a token's record takes at most when it is prepared for `quad`."""
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
 
 def scratch_bytes(columns: int) -> int:
     """Scratch that `multiply` needs for rows of any length."""
-    return max(PANEL + 64 * CHUNK, 2 * PREPARED * columns)
+    return max(PANEL + 64 * CHUNK, 2 * PREPARED_PER_COLUMN * columns)
 
 
 class Layout(types.Type):
@@ -256,7 +256,7 @@ def rows_of_eight(tile, base, row_bytes, index, token):
 
 
 def prepare(layout, tile, rows, columns, s):
-    """Copies of the tokens' records at `rows`, in scratch and in the form that `quad` takes."""
+    """Where the records at `rows` are in the form that `quad` takes: copies in scratch, or there."""
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -267,7 +267,7 @@ def as_they_are(layout, tile, rows, columns, s):
 def quad(layout, tile, w, row_bytes, columns, rows):
     """Four rows, `row_bytes` apart, times the tokens at the addresses `rows`: a tile of f32x16.
 
-    A quarter of each vector is a row.
+    The tokens' records are as `prepare` left them. A quarter of each vector is a row.
     """
     raise NotImplementedError("only inside compiled kernels")
 
