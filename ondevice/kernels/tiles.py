@@ -50,7 +50,8 @@ BY_FOURS = HAS_VNNI_512
 NIBBLES = HAS_VNNI_512
 """Whether panels keep two codes of four bits a byte, and products take them apart.
 
-A store of 64 bytes takes two cycles, and while eight tokens are multiplied shifts cost next to nothing.
+A store of 64 bytes takes two cycles, and while eight tokens are multiplied shifts cost next to
+nothing.
 """
 MOST_TOKENS = 8 if HAS_AVX512BW else 4 if HAS_SDOT else 2
 """Tokens of the largest tile whose sums stay in the registers of this machine."""
