@@ -46,7 +46,7 @@ BIASED = HAS_VNNI_512 or HAS_VNNI_256
 IN_ONE = HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
 BY_FOURS = HAS_VNNI_512
-"""Whether one or two tokens meet four blocks of a row at once: there are vectors that hold them."""
+"""Whether one or two tokens meet four blocks of a row at once, where vectors hold them."""
 NIBBLES = HAS_VNNI_512
 """Whether panels keep two codes of four bits a byte, and products take them apart.
 

@@ -256,7 +256,7 @@ def rows_of_eight(tile, base, row_bytes, index, token):
 
 
 def prepare(layout, tile, rows, columns, s):
-    """Where the records at `rows` are in the form that `quad` takes: copies in scratch, or there."""
+    """Where the records are in the form that `quad` takes: copies in scratch, or at `rows`."""
     raise NotImplementedError("only inside compiled kernels")
 
 
