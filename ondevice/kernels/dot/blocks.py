@@ -20,6 +20,7 @@ from ondevice.kernels.dot.tile import (
     D,
     Layout,
     M,
+    ask_eighths,
     ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
@@ -341,17 +342,19 @@ def add_small_panel(totals, factor, count, tile, panel, rows, columns, start, i)
 
 
 @inner
-def small_panel(factor, count, tile, panel, rows, columns, start, size, totals):
+def small_panel(factor, count, tile, panel, rows, columns, start, size, totals, later):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
+        ask_eighths(later, i)
         total = add_small_panel(total, factor, count, tile, panel, rows, columns, start, i)
     store_floats(totals, total)
 
 
 @inner
-def panel_with_min(count, tile, panel, rows, columns, start, size, totals):
+def panel_with_min(count, tile, panel, rows, columns, start, size, totals, later):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
+        ask_eighths(later, i)
         b = start // BLOCK + i
         sums = small_dots(tile, count, zero_sums(tile), panel + 512 * i, rows, BLOCK * b)
         below = spread(tile, rows, sums_at(columns, b), 1)
@@ -381,9 +384,10 @@ def add_full_panel(totals, tile, panel, rows, columns, start, i):
 
 
 @inner
-def full_panel(tile, panel, rows, columns, start, size, totals):
+def full_panel(tile, panel, rows, columns, start, size, totals, later):
     total = load_floats(tile, totals)
     for i in range(size // BLOCK):
+        ask_eighths(later, i)
         total = add_full_panel(total, tile, panel, rows, columns, start, i)
     store_floats(totals, total)
 
@@ -402,8 +406,8 @@ def q4_1_unpack(layout, w, row_bytes, columns, panel):
 
 
 @panels.register(Q4_1)
-def q4_1_panel(layout, tile, panel, rows, columns, start, size, totals):
-    panel_with_min(STEPS_4, tile, panel, rows, columns, start, size, totals)
+def q4_1_panel(layout, tile, panel, rows, columns, start, size, totals, later):
+    panel_with_min(STEPS_4, tile, panel, rows, columns, start, size, totals, later)
 
 
 @row_kernel
@@ -422,8 +426,8 @@ def q5_0_unpack(layout, w, row_bytes, columns, panel):
 
 
 @panels.register(Q5_0)
-def q5_0_panel(layout, tile, panel, rows, columns, start, size, totals):
-    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals)
+def q5_0_panel(layout, tile, panel, rows, columns, start, size, totals, later):
+    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals, later)
 
 
 @row_kernel
@@ -442,8 +446,8 @@ def q5_1_unpack(layout, w, row_bytes, columns, panel):
 
 
 @panels.register(Q5_1)
-def q5_1_panel(layout, tile, panel, rows, columns, start, size, totals):
-    panel_with_min(STEPS_5, tile, panel, rows, columns, start, size, totals)
+def q5_1_panel(layout, tile, panel, rows, columns, start, size, totals, later):
+    panel_with_min(STEPS_5, tile, panel, rows, columns, start, size, totals, later)
 
 
 @row_kernel
@@ -462,9 +466,9 @@ def mxfp4_unpack(layout, w, row_bytes, columns, panel):
 
 
 @panels.register(MXFP4)
-def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals):
+def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals, later):
     # the table holds up to 28: five bits
-    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals)
+    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals, later)
 
 
 @row_kernel
@@ -483,8 +487,8 @@ def q8_0_unpack(layout, w, row_bytes, columns, panel):
 
 
 @panels.register(Q8_0)
-def q8_0_panel(layout, tile, panel, rows, columns, start, size, totals):
-    full_panel(tile, panel, rows, columns, start, size, totals)
+def q8_0_panel(layout, tile, panel, rows, columns, start, size, totals, later):
+    full_panel(tile, panel, rows, columns, start, size, totals, later)
 
 
 @row_kernel

@@ -20,6 +20,7 @@ from ondevice.kernels.dot.tile import (
     D,
     Layout,
     M,
+    ask_eighths,
     ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
@@ -587,10 +588,11 @@ def add_mins(tile, sums, panel, rows, columns, start, totals):
 
 
 @inner
-def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
+def multiply_with_mins(tile, count, panel, rows, columns, start, totals, later):
     """A panel of Q4_K or Q5_K; `count` dots are added up before scaling."""
     sums = zero_sums(tile)
     for j in range(8):
+        ask_eighths(later, j)
         if IN_ONE:
             dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
@@ -605,12 +607,13 @@ def multiply_with_mins(tile, count, panel, rows, columns, start, totals):
 
 
 @inner
-def multiply_nibbles(tile, panel, rows, columns, start, totals):
+def multiply_nibbles(tile, panel, rows, columns, start, totals, later):
     """A panel of Q4_K whose bytes hold the codes of two blocks."""
     sums, four = zero_sums(tile), np.uint32(0x0F0F0F0F)
     for j in range(4):
         at, codes, scales = start + 64 * j, panel + 512 * j, panel + SCALES + 128 * j
         even, odd = zero_dots(tile), zero_dots(tile)
+        ask_eighths(later, 2 * j, 2)
         for k in range(8):
             piece = load(u32x16, codes + 64 * k) & four
             even = wide_dot(even, bitcast(u8x64, piece), rows, at + 4 * k)
@@ -623,22 +626,24 @@ def multiply_nibbles(tile, panel, rows, columns, start, totals):
 
 
 @panels.register(Q4_K)
-def multiply_panel_q4_k(layout, tile, panel, rows, columns, start, size, totals):
+def multiply_panel_q4_k(layout, tile, panel, rows, columns, start, size, totals, later):
     if NIBBLES:
-        multiply_nibbles(tile, panel, rows, columns, start, totals)
+        multiply_nibbles(tile, panel, rows, columns, start, totals, later)
     else:
-        multiply_with_mins(tile, STEPS_4, panel, rows, columns, start, totals)
+        multiply_with_mins(tile, STEPS_4, panel, rows, columns, start, totals, later)
 
 
 @panels.register(Q5_K)
-def multiply_panel_q5_k(layout, tile, panel, rows, columns, start, size, totals):
-    multiply_with_mins(tile, STEPS_5, panel, rows, columns, start, totals)
+def multiply_panel_q5_k(layout, tile, panel, rows, columns, start, size, totals, later):
+    multiply_with_mins(tile, STEPS_5, panel, rows, columns, start, totals, later)
 
 
 @panels.register(Q6_K)
-def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals):
+def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals, later):
     sums, surplus = zero_sums(tile), zero_sums(tile)
     for j in range(16):
+        if j % 2 == 0:
+            ask_eighths(later, j // 2)
         if IN_ONE:
             dots = wide_dots_16(tile, panel + 256 * j, rows, start + 16 * j)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
@@ -660,9 +665,10 @@ def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals)
 
 
 @panels.register(IQ4_XS)
-def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, totals):
+def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, totals, later):
     sums = zero_sums(tile)
     for j in range(8):
+        ask_eighths(later, j)
         if IN_ONE:
             dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))

@@ -42,6 +42,7 @@ from ondevice.kernels.dot.tile import (
     ByLayout,
     D,
     Layout,
+    ask_eighths,
     ask_quad,
     columns_of_sixteen,
     full_codes,
@@ -303,16 +304,19 @@ def multiply_quad(layout, tile, w, row_bytes, columns, rows):
     return totals
 
 
-def multiply_blocks(layout, tile, panel, rows, columns, start, size, totals):
+def multiply_blocks(layout, tile, panel, rows, columns, start, size, totals, later):
     total, blocks = load_floats(tile, totals), size // BLOCK
     if BY_FOURS:
         for i in range(min(4, blocks)):
+            ask_eighths(later, i)
             pair = add_panel_block(layout, zero_floats(tile), tile, panel, rows, columns, start, i)
             if i + 4 < blocks:
+                ask_eighths(later, i + 4)
                 pair = add_panel_block(layout, pair, tile, panel, rows, columns, start, i + 4)
             total = add_floats(total, pair)
     else:
         for i in range(blocks):
+            ask_eighths(later, i)
             total = add_panel_block(layout, total, tile, panel, rows, columns, start, i)
     store_floats(totals, total)
 

@@ -16,7 +16,9 @@ steps in order, by the same expressions.
 
 Four rows that are taken together lie far apart, the first of each quarter of what is to be done:
 processors ask memory ahead by themselves for a few streams, each in pages of its own. Sixteen lie
-side by side, and their product asks for the next sixteen.
+side by side, and their product with the first tokens asks for the next sixteen, a few lines at a
+time: as many requests at once as a panel has lines wait for one another, and what is behind them
+too.
 
 A loop nest is written once and takes a `Layout`: a Numba type, so `unpack(layout, ...)` is resolved
 while compiling, and, unlike a function passed as an argument, leaves machine code that can be kept
@@ -115,6 +117,15 @@ def ask(address, size):
     """Ask memory for `size` bytes."""
     for line in range(0, size, 64):
         prefetch(address + line)
+
+
+@inner
+def ask_eighths(later, part, count=1):
+    """Ask memory for some eighths of the next panel; `later`: its address, bytes of an eighth."""
+    address, size = later
+    if size > 0:
+        start, end = (size * part + 63) & -64, (size * (part + count) + 63) & -64
+        ask(address + start, end - start)
 
 
 @inner
@@ -277,10 +288,11 @@ def unpack(layout, w, row_bytes, columns, panel):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def multiply_panel(layout, tile, panel, rows, columns, start, size, totals):
+def multiply_panel(layout, tile, panel, rows, columns, start, size, totals, later):
     """Add a panel times `size` columns from `start` on to the tokens' sums at `totals`.
 
-    The tokens' records, of `columns` columns, are at the addresses `rows`.
+    The tokens' records, of `columns` columns, are at the addresses `rows`. Beside each 32 columns
+    goes one of the `ask_eighths` of `later`.
     """
     raise NotImplementedError("only inside compiled kernels")
 
@@ -305,15 +317,17 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
 
 
 @inner
-def some(layout, tile, panel, columns, start, size, a, a_bytes, i, token, totals, more):
-    """A panel times the tile's tokens. Memory is asked for the next `more` bytes of their records.
+def some(layout, tile, panel, columns, start, size, a, a_bytes, i, first, token, more, later):
+    """A panel times the tile's tokens from `token` on; `first` is that of the sums.
 
-    All tiles take about as long for a token, so none is filled up.
+    Memory is asked for the next `more` bytes of the tokens' records, and for the next panel. All
+    tiles take about as long for a token, so none is filled up.
     """
     records = rows_at(tile, a, a_bytes, i, token)
     for record in records:
         ask(record + start + size, more)
-    multiply_panel(layout, tile, panel, records, columns, start, size, totals)
+    totals = panel + PANEL + 64 * (token - first)
+    multiply_panel(layout, tile, panel, records, columns, start, size, totals, later)
 
 
 @inner
@@ -346,27 +360,23 @@ def many(
         size = min(STEP, columns - start)
         step = start // STEP
         unpack(layout, w + step * step_bytes, row_bytes, size, s)
-        if fetch:
-            ask(w + ROWS * (row_bytes + step * step_bytes), ROWS * step_bytes)
+        following = w + ROWS * (row_bytes + step * step_bytes)
+        later, nothing = (following, ROWS * step_bytes // 8 if fetch else 0), (following, 0)
         more = min(STEP, columns - start - size) if new else 0
         t = first
         if EIGHT:
             while t + 8 <= last:
-                to = totals + 64 * (t - first)
-                some(layout, tile8, s, columns, start, size, a, a_bytes, i, t, to, more)
-                t += 8
+                some(layout, tile8, s, columns, start, size, a, a_bytes, i, first, t, more, later)
+                t, later = t + 8, nothing
         if FOUR:
             while t + 4 <= last:
-                to = totals + 64 * (t - first)
-                some(layout, tile4, s, columns, start, size, a, a_bytes, i, t, to, more)
-                t += 4
+                some(layout, tile4, s, columns, start, size, a, a_bytes, i, first, t, more, later)
+                t, later = t + 4, nothing
         while t + 2 <= last:
-            to = totals + 64 * (t - first)
-            some(layout, tile2, s, columns, start, size, a, a_bytes, i, t, to, more)
-            t += 2
+            some(layout, tile2, s, columns, start, size, a, a_bytes, i, first, t, more, later)
+            t, later = t + 2, nothing
         if t < last:
-            to = totals + 64 * (t - first)
-            some(layout, tile1, s, columns, start, size, a, a_bytes, i, t, to, more)
+            some(layout, tile1, s, columns, start, size, a, a_bytes, i, first, t, more, later)
     for t in range(last - first):
         store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
 
