@@ -4,7 +4,9 @@ All cores are the best choice until something else wants them: then the thread t
 is late with every task it takes, and fewer threads are faster. Small models are faster on few
 threads anyway. So the number that is in use is compared with half and twice as many, now and then,
 and at once when tokens suddenly take longer. A trial may be slow, and the next one waits until its
-loss has become a fiftieth of the time since. The tokens do not depend on any of this.
+loss has become a fiftieth of the time since, or, while all threads work, a two-hundredth: a core
+that is wanted elsewhere shows without a trial, one that is free again does not. The tokens do not
+depend on any of this.
 """
 
 SLOWER = 1.3
@@ -12,7 +14,7 @@ SLOWER = 1.3
 BETTER = 0.95
 """A trial that takes at most this share of the time wins."""
 PAUSE = 0.5  # seconds between trials, at least
-LOSS_SHARE = 50
+LOSS_SHARE, LOSS_SHARE_OF_ALL = 50, 200
 SHORTEST = 0.008  # seconds of a burst that says anything
 
 
@@ -47,7 +49,8 @@ class Pace:
             self._seconds[self._trial] = each
             if each < BETTER * usual:
                 self._best = self._trial
-            self._wait = max(PAUSE, LOSS_SHARE * (seconds - tokens * usual))
+            share = LOSS_SHARE if self._best else LOSS_SHARE_OF_ALL
+            self._wait = max(PAUSE, share * (seconds - tokens * usual))
             self._trial = None
             return
         self._seconds[self._best] = each
