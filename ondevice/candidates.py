@@ -67,7 +67,7 @@ class Candidates:
         self._had[places[places >= 0]] = self._time
         new = tokens[places < 0]
         if len(new):
-            oldest = np.argpartition(self._had, len(new) - 1)[: len(new)]
+            oldest = np.argsort(self._had, kind="stable")[: len(new)]  # mostly in order
             self._place[self.tokens[oldest]] = -1
             self.tokens[oldest], self._place[new] = new, oldest
             self._had[oldest] = self._time
