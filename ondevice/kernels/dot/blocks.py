@@ -31,6 +31,7 @@ from ondevice.kernels.dot.tile import (
     quads,
     raised,
     unpackers,
+    wide_from_two,
     woven_high,
     woven_low,
 )
@@ -104,6 +105,7 @@ def unpack_block(layout, w, row_bytes, codes, d, m):
 
 
 quad_blocks, block_unpackers = ByLayout(quad_block), ByLayout(unpack_block)
+wide_from_two(Q4_1, Q5_0, Q5_1, MXFP4, Q8_0)
 
 
 @inner

@@ -35,6 +35,7 @@ from ondevice.kernels.dot.tile import (
     raised,
     rows_at,
     unpackers,
+    wide_from_two,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -114,6 +115,7 @@ from quant.jit import inner
 
 SUPERBLOCK = 256
 Q4_K, Q5_K, Q6_K, IQ4_XS = (Layout(name) for name in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
+wide_from_two(IQ4_XS)
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])

@@ -54,6 +54,7 @@ from ondevice.kernels.dot.tile import (
     quads,
     rows_at,
     unpackers,
+    wide_from_two,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import codes_at, codes_dot, halves_of_four_blocks, wide_dot
@@ -96,6 +97,8 @@ FOUR = 4 * BLOCK_BYTES
 PREPARED = 256
 """Bytes of four blocks of a token in scratch."""
 Q4_0, IQ4_NL = Layout("Q4_0"), Layout("IQ4_NL")
+if not BY_FOURS:
+    wide_from_two(Q4_0, IQ4_NL)
 
 # ---- what the two formats differ in ----
 

@@ -46,6 +46,7 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    HAS_AVX2,
     MOST_TOKENS,
     WOVEN,
     store_apart,
@@ -60,8 +61,6 @@ from quant.jit import inner
 STEP = 256
 ROWS = 16
 """Weight rows of a panel."""
-WIDE = 3
-"""Tokens from which on panels are worth their making."""
 CHUNK = 128
 """Tokens whose sums wait in scratch; their activations of a step stay in the first-level cache."""
 SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
@@ -297,8 +296,27 @@ def multiply_panel(layout, tile, panel, rows, columns, start, size, totals, late
     raise NotImplementedError("only inside compiled kernels")
 
 
-preparers = ByLayout(prepare, as_they_are)
+def fewest(layout):
+    """Tokens from which on panels are worth their making."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def two(layout):
+    return 2
+
+
+def three(layout):
+    return 3
+
+
+preparers, fewests = ByLayout(prepare, as_they_are), ByLayout(fewest, three)
 quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_panel)
+
+
+def wide_from_two(*layouts: Layout) -> None:
+    """Formats that are slow straight from their blocks, on x86, where that was measured."""
+    for layout in layouts if HAS_AVX2 else ():
+        fewests.register(layout)(two)
 
 
 @inner
@@ -389,7 +407,7 @@ def multiply(
 
     step_bytes: bytes of STEP columns of a row.
     """
-    panels = rows // ROWS if tokens >= WIDE else 0
+    panels = rows // ROWS if tokens >= fewest(layout) else 0
     for first in range(0, tokens, CHUNK):
         last = min(tokens, first + CHUNK)
         for r in range(panels):
