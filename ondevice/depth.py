@@ -12,17 +12,19 @@ disk, a long context) is in the costs. A depth that was never measured is taken 
 first draft did, for each of its drafts.
 
 Measuring a slower depth costs time, so a trial waits until the time since has earned it: trials
-lose no more than EARNED of it, or PROMISING times that where guesses are right so often that a
-depth should pay. A trial's first burst warms up, and is not timed: what the block reads is often
-not in the caches when it has not run for long. A new trial counts as much as all those before. What
-is learned outlives an answer. Tokens do not depend on any of this.
+lose no more than EARNED of it, PROMISING times that where guesses are right so often that a depth
+should pay, and HOPELESS times that where it should make less than POOR of what the one in use does.
+A trial's first burst warms up, and is not timed: what the block reads is often not in the caches
+when it has not run for long. A new trial counts as much as all those before. What is learned
+outlives an answer. Tokens do not depend on any of this.
 """
 
 from typing import Any
 
 PLACES = 4
 EARNED = 0.005
-PROMISING = 4
+PROMISING, HOPELESS = 4, 0.5
+POOR = 0.9
 TRIAL_CYCLES = 4
 TRIAL_TOKENS = 16
 """Plain tokens of a trial of not guessing."""
@@ -213,12 +215,12 @@ class Depth:
             self._trial_cycles, self._trial_seconds = 0, 0.0
 
     def _patience(self, depth: int) -> float:
-        """How much more than EARNED a trial may lose."""
-        cost = self._guessed_cost(depth)
-        best = self.rate(self._best)
-        if cost is None or self.tokens(depth) / (cost * self._pace) <= BETTER * best:
-            return 1.0
-        return PROMISING
+        """How many times EARNED a trial may lose."""
+        cost, best = self._guessed_cost(depth), self.rate(self._best)
+        rate = self.tokens(depth) / (cost * self._pace) if cost else best
+        if depth and rate < POOR * best:
+            return HOPELESS
+        return PROMISING if rate > BETTER * best else 1.0
 
     def _loss(self, depth: int, cycles: int) -> float:
         """Seconds that so many cycles are expected to lose."""
