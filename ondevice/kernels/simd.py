@@ -284,6 +284,35 @@ def store(typing: Any, address: Any, value: Any) -> Any:
     return types.none(types.intp, value), lower
 
 
+@intrinsic
+def stream(typing: Any, address: Any, value: Any) -> Any:
+    """store(address, vector) past the caches, on x86; address is a multiple of 64.
+
+    Memory is then not read for what is overwritten. Other threads see it after `streams_end`.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], args[1].type.as_pointer())
+        stored = builder.store(args[1], place, align=64)
+        if X86:
+            stored.set_metadata("nontemporal", builder.module.add_metadata([constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.none(types.intp, value), lower
+
+
+@intrinsic
+def streams_end(typing: Any) -> Any:
+    """What was streamed comes before all that is stored from here on."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if X86:
+            call(builder, "llvm.x86.sse.sfence", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.none(), lower
+
+
 def lane_mask(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     numbers = constant(ir.VectorType(I64, lanes), [constant(I64, i) for i in range(lanes)])
     return builder.icmp_signed("<", numbers, broadcast(builder, count, lanes))

@@ -40,6 +40,8 @@ from ondevice.kernels.simd import (
     load_i32,
     prefetch,
     store,
+    stream,
+    streams_end,
     u8x64,
     u32x16,
     zero,
@@ -65,6 +67,10 @@ CHUNK = 128
 """Tokens whose sums wait in scratch; their activations of a step stay in the first-level cache."""
 SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
 PANEL = 6656
+LARGE = 512 << 10
+"""Bytes of results from which on they are streamed: they would not stay in the caches."""
+SCATTERED = 6
+"""Tokens of an expert from which on its results are streamed: a batch then has many."""
 AHEAD = 1024
 """Bytes between what four rows read and what they ask of memory."""
 PREPARED_PER_COLUMN = 2
@@ -366,10 +372,12 @@ def many(
     s,
     fetch,
     new,
+    streamed,
 ):
     """Sixteen rows times the tokens first .. last, at most CHUNK of them.
 
-    With `fetch`, memory is asked for the next sixteen rows; with `new`, for the tokens' records.
+    With `fetch`, memory is asked for the next sixteen rows; with `new`, for the tokens' records;
+    `streamed` results go past the caches.
     """
     totals = s + PANEL
     for t in range(last - first):
@@ -396,7 +404,11 @@ def many(
         if t < last:
             some(layout, tile1, s, columns, start, size, a, a_bytes, i, first, t, more, later)
     for t in range(last - first):
-        store(row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t))
+        result, total = row_at(out, o_bytes, o, first + t), load(f32x16, totals + 64 * t)
+        if streamed and result % 64 == 0:
+            stream(result, total)
+        else:
+            store(result, total)
 
 
 @inner
@@ -408,14 +420,17 @@ def multiply(
     step_bytes: bytes of STEP columns of a row.
     """
     panels = rows // ROWS if tokens >= fewest(layout) else 0
+    streamed = tokens * o_bytes >= LARGE or (o != 0 and tokens >= SCATTERED)
     for first in range(0, tokens, CHUNK):
         last = min(tokens, first + CHUNK)
         for r in range(panels):
             row, to = w + ROWS * r * row_bytes, out + 4 * ROWS * r
             many(
                 layout, step_bytes, row, row_bytes, columns, a, a_bytes, i,
-                to, o_bytes, o, first, last, s, first == 0, r == 0,
+                to, o_bytes, o, first, last, s, first == 0, r == 0, streamed,
             )  # fmt: skip
+    if streamed:
+        streams_end()
     done = ROWS * panels
     rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
     if left > 0:
