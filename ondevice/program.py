@@ -402,9 +402,11 @@ class Program:
         then: int = BARRIER,
     ) -> None:
         """hidden := silu(gate x) * (up x), for every token or for every slot of a routing."""
-        other = self.buffer(f"{name} up", 4 * up.rows, hidden.rows_per_token)
         gate_source, up_source = x.as_read_by(gate), x.as_read_by(up)
         rows = self.split(gate, touched)
+        products = (READERS[m.format.name].scratch_bytes(m.columns) for m in (gate, up))
+        own = -(-max(products) // LINE) * LINE
+        self.scratch_bytes = max(self.scratch_bytes, own + experts.gate_up_scratch(gate.rows))
         self.add(
             experts.gate_up,
             self.keep_matrix(gate),
@@ -422,9 +424,9 @@ class Program:
             gate.rows,
             gate.columns,
             hidden.floats.address,
-            other.address,
             hidden.floats.row_bytes,
             *(routing, rows.chunk, rows.runs),
+            own,
             tasks=rows.tasks,
             few=rows.few,
             times=routing,

@@ -203,9 +203,9 @@ def quantize(op, step, row, scratch):
 
 
 @inner
-def silu_times(gate, up, columns):
-    """gate := silu(gate) * up, over `columns` floats."""
+def silu_times(gate, up, columns, out):
+    """out := silu(gate) * up, over `columns` floats."""
     for c in range(0, columns, 16):
         left = columns - c
         value = silu(load_some(gate + 4 * c, left)) * load_some(up + 4 * c, left)
-        store_some(gate + 4 * c, value, left)
+        store_some(out + 4 * c, value, left)

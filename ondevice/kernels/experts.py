@@ -53,6 +53,10 @@ from ondevice.kernels.simd import (
     zero,
 )
 from ondevice.kernels.store import await_slices
+from quant.jit import inner
+
+ROOM = 576 << 10
+"""Bytes of gate and up products that a task keeps: of 128 slots where experts have 512 rows."""
 
 
 @operation
@@ -131,25 +135,37 @@ def group(op, step, task, scratch):
     store_i64(routing + WORD * AGAIN, 0)
 
 
+@inner
+def row_stride(rows):
+    """Bytes between the results of two tokens: an odd number of cache lines."""
+    return ((4 * rows + 63) // 64 | 1) * 64
+
+
+def gate_up_scratch(rows: int) -> int:
+    """Scratch that `gate_up` needs for matrices of so many rows, besides that of the products."""
+    return max(ROOM, 2 * (4 * rows + 128))
+
+
 @operation
 def gate_up(op, step, task, scratch):
-    """gate := silu(gate x) * (up x) for each slot.
+    """out := silu(gate x) * (up x) for each slot.
 
     (gate, expert bytes, row bytes, kernel, x, bytes, up, expert bytes, row bytes, kernel, x, bytes,
-     rows, columns, gate out, up out, out bytes, routing record or 0, rows of a chunk, runs or 0)
+     rows, columns, out, bytes, routing record or 0, rows of a chunk, runs or 0, scratch of the
+     products)
+    Both products stay in scratch, and in the caches: of as many slots at a time as have ROOM.
     """
     gate, gate_bytes, gate_row = argument(op, 0), argument(op, 1), argument(op, 2)
     gate_kernel, gate_x, gate_x_bytes = argument(op, 3), argument(op, 4), argument(op, 5)
     up, up_bytes, up_row = argument(op, 6), argument(op, 7), argument(op, 8)
     up_kernel, up_x, up_x_bytes = argument(op, 9), argument(op, 10), argument(op, 11)
     rows, columns = argument(op, 12), argument(op, 13)
-    gate_out, up_out, out_bytes = argument(op, 14), argument(op, 15), argument(op, 16)
-    routing, chunk, runs = argument(op, 17), argument(op, 18), argument(op, 19)
+    out, out_bytes = argument(op, 14), argument(op, 15)
+    routing, chunk, runs = argument(op, 16), argument(op, 17), argument(op, 18)
     index, start, used = task_rows(routing, step, task, rows, chunk, runs)
     if used == 0:
         return
     expert, slots, tokens, size = task_slots(routing, index, word(step, COUNT))
-    g, u = gate_out + 4 * start, up_out + 4 * start
     gate, up = gate + expert * gate_bytes, up + expert * up_bytes
     place = place_of(routing, index)
     if place != 0:
@@ -157,17 +173,21 @@ def gate_up(op, step, task, scratch):
         if not await_slices(store, step, place, word(routing, GATE_UP_MASK), scratch):
             return
         gate, up = word(place, PLACE_GATE), word(place, PLACE_UP)
-    w = gate + start * gate_row
-    x = (gate_x, gate_x_bytes, tokens)
-    to = (g, out_bytes, slots)
-    call_rows(gate_kernel, (w, gate_row, used, columns, *x, *to, size, scratch))
-    w = up + start * up_row
-    x = (up_x, up_x_bytes, tokens)
-    to = (u, out_bytes, slots)
-    call_rows(up_kernel, (w, up_row, used, columns, *x, *to, size, scratch))
-    for i in range(size):
-        at = out_bytes * (load_i32(slots + 4 * i) if slots != 0 else i)
-        silu_times(g + at, u + at, used)
+    gate, up, out = gate + start * gate_row, up + start * up_row, out + 4 * start
+    stride = row_stride(used)
+    most = max(1, ROOM // (2 * stride))
+    g = scratch + argument(op, 19)
+    u = g + most * stride
+    for first in range(0, size, most):
+        count = min(most, size - first)
+        listed, skipped = (tokens + 4 * first, 0) if tokens != 0 else (0, first)
+        x = (gate_x + skipped * gate_x_bytes, gate_x_bytes, listed)
+        call_rows(gate_kernel, (gate, gate_row, used, columns, *x, g, stride, 0, count, scratch))
+        x = (up_x + skipped * up_x_bytes, up_x_bytes, listed)
+        call_rows(up_kernel, (up, up_row, used, columns, *x, u, stride, 0, count, scratch))
+        for i in range(count):
+            slot = load_i32(slots + 4 * (first + i)) if slots != 0 else first + i
+            silu_times(g + i * stride, u + i * stride, used, out + slot * out_bytes)
 
 
 @operation

@@ -169,7 +169,7 @@ def single_sigmoids(x: int, count: int, out: int) -> None:
 
 @three_integers
 def gated(gate: int, columns: int, up: int) -> None:
-    activation.silu_times(gate, up, columns)
+    activation.silu_times(gate, up, columns, gate)
 
 
 def applied(function: CompiledFunction, values: Array) -> Array:

@@ -174,16 +174,16 @@ class GateUp:
         """Hidden values of every slot, or of every token without a routing."""
         gate_x, up_x = self.gate_records[tokens], self.up_records[tokens]
         slots = routing.slots if routing else len(gate_x)
-        out, other = Rows(slots, WIDTH), Rows(slots, WIDTH)
+        out, products = Rows(slots, WIDTH), 64 * -(-max(self.gate.scratch, self.up.scratch) // 64)
         run(
             experts.gate_up,
             *(*self.gate.arguments, gate_x, gate_x.strides[0]),
             *(*self.up.arguments, up_x, up_x.strides[0], WIDTH, COLUMNS),
-            *(out.address, other, routing.record if routing else 0, chunk),
+            *(out, routing.record if routing else 0, chunk, 0, products),
             tasks=-(-WIDTH // chunk),
             times=routing.record if routing else None,
             count=len(gate_x),
-            scratch=max(self.gate.scratch, self.up.scratch),
+            scratch=products + experts.gate_up_scratch(WIDTH),
         )
         out.check()
         return out.values
@@ -217,6 +217,14 @@ def test_gate_up_of_the_shared_expert(formats: tuple[str, str]) -> None:
     hidden = matrices.run(slice(None), None, chunk=8)
     exact = matrices.exact(np.zeros(5, int), np.arange(5))
     np.testing.assert_allclose(hidden, exact, rtol=1e-5, atol=1e-6 * abs(exact).max())
+
+
+def test_gate_up_of_more_tokens_than_have_room_together() -> None:
+    tokens = experts.ROOM // (2 * 4 * WIDTH) + 100
+    matrices = GateUp(("Q8_0", "Q8_0"), 1, tokens)
+    hidden = matrices.run(slice(None), None, chunk=WIDTH)
+    for part in (slice(0, 50), slice(tokens // 2, tokens // 2 + 50), slice(tokens - 50, tokens)):
+        assert bits(matrices.run(part, None, chunk=WIDTH)) == bits(hidden[part])
 
 
 @FORMATS
