@@ -67,7 +67,7 @@ CHUNK = 128
 """Tokens whose sums wait in scratch; their activations of a step stay in the first-level cache."""
 SCALES, PAIRS, D, M = 4096, 5120, 5632, 6144
 PANEL = 6656
-LARGE = 512 << 10
+LARGE = 4 << 20
 """Bytes of results from which on they are streamed: they would not stay in the caches."""
 SCATTERED = 6
 """Tokens of an expert from which on its results are streamed: a batch then has many."""

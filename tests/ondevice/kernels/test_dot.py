@@ -95,11 +95,25 @@ def test_a_wide_row_keeps_to_its_scratch(name: str) -> None:
         assert product_error(name, raw, records[:tokens], product) <= PRODUCT_ERROR
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_results_that_do_not_stay_in_the_caches(name: str) -> None:
+    random = np.random.default_rng(SEED)
+    columns = FORMATS[name].length
+    rows = 40 * tile.ROWS
+    tokens = tile.LARGE // (4 * rows) + 100
+    raw = random_blocks(name, rows, columns, random)
+    records = random_records(READERS[name].activation, tokens, columns, random)
+    whole = multiply(name, raw, columns, records)
+    for start in range(0, tokens, 400):
+        part = slice(start, start + 400)
+        assert bits(multiply(name, raw, columns, records[part])) == bits(whole[part])
+
+
 @EACH
 def test_indices_choose_the_tokens_and_the_places(name: str) -> None:
     random = np.random.default_rng(SEED)
     columns = column_counts(name)[-1]
-    raw = random_blocks(name, 11, columns, random)
+    raw = random_blocks(name, 2 * tile.ROWS + 3, columns, random)
     records = random_records(READERS[name].activation, 20, columns, random)
     whole = multiply(name, raw, columns, records)
     for tokens in TOKENS[:-1]:
