@@ -58,9 +58,9 @@ def mapped(path: Path) -> Iterator[Model]:
 
 
 def budget(model: Model, pool: int) -> int:
-    """Bytes that leave so many for the pool."""
+    """Bytes that leave so many for the pool; too few for the file, also with one thread's scratch."""
     needs = model.plan.needs
-    return min(needs.dense + needs.working + pool, needs.mapped - (1 << 20))
+    return min(needs.dense + needs.working + pool, needs.mapped - (2 << 20))
 
 
 def small(model: Model) -> int:
@@ -90,8 +90,7 @@ def expected(mapped: Model) -> tuple[list[int], list[int], list[int]]:
     return bits(mapped.logits(TOKENS[:9])), bits(mapped.logits(TOKENS)[-1]), answer
 
 
-# not all: one thread has less scratch than the two that the budget counts, and maps the file then
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_pool_of_any_size_gives_the_same_bits(
     share: float, threads: int, mapped: Model, expected: tuple[list[int], list[int], list[int]]
