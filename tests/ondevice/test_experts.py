@@ -58,7 +58,7 @@ def mapped(path: Path) -> Iterator[Model]:
 
 
 def budget(model: Model, pool: int) -> int:
-    """Bytes that leave so many for the pool; too few for the file, also with one thread's scratch."""
+    """Bytes that leave so many for the pool; too few for the file, with one thread as well."""
     needs = model.plan.needs
     return min(needs.dense + needs.working + pool, needs.mapped - (2 << 20))
 
