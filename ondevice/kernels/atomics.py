@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ondevice.kernels.simd import I64, X86, call
+from ondevice.kernels.simd import I64, on_x86
 
 
 @intrinsic
@@ -50,13 +49,5 @@ def atomic_exchange(typing: Any, address: Any, expected: Any, value: Any) -> Any
     return types.boolean(types.intp, types.int64, types.int64), lower
 
 
-@intrinsic
-def pause(typing: Any) -> Any:
-    """Tell the core that this is a spin loop; nothing on other machines than x86."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if X86:
-            call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.none(), lower
+pause = on_x86("llvm.x86.sse2.pause")
+"""Tell the core that this is a spin loop."""

@@ -301,16 +301,23 @@ def stream(typing: Any, address: Any, value: Any) -> Any:
     return types.none(types.intp, value), lower
 
 
-@intrinsic
-def streams_end(typing: Any) -> Any:
-    """What was streamed comes before all that is stored from here on."""
+def on_x86(name: str) -> Any:
+    """An intrinsic without arguments: the LLVM intrinsic `name` on x86, nothing elsewhere."""
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if X86:
-            call(builder, "llvm.x86.sse.sfence", ir.VoidType(), [])
-        return context.get_dummy_value()
+    @intrinsic
+    def emit(typing: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if X86:
+                call(builder, name, ir.VoidType(), [])
+            return context.get_dummy_value()
 
-    return types.none(), lower
+        return types.none(), lower
+
+    return emit
+
+
+streams_end = on_x86("llvm.x86.sse.sfence")
+"""What was streamed comes before all that is stored from here on."""
 
 
 def lane_mask(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:

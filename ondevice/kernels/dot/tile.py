@@ -420,7 +420,8 @@ def multiply(
     step_bytes: bytes of STEP columns of a row.
     """
     panels = rows // ROWS if tokens >= fewest(layout) else 0
-    streamed = tokens * o_bytes >= LARGE or (o != 0 and tokens >= SCATTERED)
+    large = tokens * o_bytes >= LARGE or (o != 0 and tokens >= SCATTERED)
+    streamed = panels > 0 and large
     for first in range(0, tokens, CHUNK):
         last = min(tokens, first + CHUNK)
         for r in range(panels):
