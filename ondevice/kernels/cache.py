@@ -31,10 +31,11 @@ from ondevice.kernels.arithmetic import (
     maximum,
     nearest_integers,
 )
-from ondevice.kernels.dot.tile import ByLayout, ask
+from ondevice.kernels.dot.tile import ByLayout
 from ondevice.kernels.rows import ROWS, greatest_of_rows, load_rows, sum_rows
 from ondevice.kernels.simd import (
     f32x16,
+    i32x16,
     load,
     load_f32,
     load_some,
@@ -48,6 +49,7 @@ from quant.jit import inner
 TILE = 128
 GROUP = 16  # positions whose keys lie side by side
 BLOCK = 8  # most tokens that go over a tile together
+SHARED = 4  # sets from which on a tile's own products are worth their making
 PARTS = 16  # most chunks of a token
 SHORTEST = 256  # positions of a chunk
 NEAR = 1024  # bytes ahead, in the first-level cache, of what one token reads
@@ -74,6 +76,12 @@ def bytes_of_set(width):
 def numbers_of(rows, width):
     """Address of a set's numbers, from the maxima on."""
     return rows + 4 * ROWS * (3 * width + TILE)
+
+
+@inner
+def is_shared(mask):
+    """Whether several sets meet a tile, see `score`."""
+    return mask + 1 >= SHARED
 
 
 @inner
@@ -158,11 +166,17 @@ def take_queries(kind, rows, width, x, size, used):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def score(kind, rows, width, tile, group, both, later):
+def key_products(kind, width, tile, group):
+    """What `score` takes of two groups of keys if several sets meet them: two i32x16."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def score(kind, rows, width, tile, group, both, products, later, mask):
     """Products of ROWS queries with a group of 16 keys, or with two of them, to `shares`.
 
-    Beside two of them as much memory as they take is asked for from `later` on, unless that is 0.
-    Returns where to go on.
+    Memory is asked for from `later` on. A set alone (mask 0) asks for as much as two groups take,
+    and also for what it reads itself; several ask for a line or two at those steps whose number
+    has none of the bits of `mask`. Returns where to go on.
     """
     raise NotImplementedError("only inside compiled kernels")
 
@@ -177,36 +191,47 @@ def share_scale(kind, greatest, total):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def store_shares(kind, row, place, codes):
-    """Keep 16 shares of a row as whole numbers (i32x16), in the place of its first scores."""
+def store_shares(kind, row, inverse, mask):
+    """Shares of a row to whole numbers, by the inverse of their scale; `mask` as for `score`."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-def add_values(kind, rows, width, c, count, tile, later):
+def value_products(kind, width, tile, c):
+    """What `add_values` takes of a whole tile if several sets meet it: two i32x16."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def add_values(kind, rows, width, c, count, tile, products, later, mask):
     """Outputs of dimensions c .. c + 31: times the factors, plus shares times values.
 
-    `later` and what is returned are as for `score`.
+    `later`, `mask` and what is returned are as for `score`.
     """
     raise NotImplementedError("only inside compiled kernels")
+
+
+def no_products(kind, width, tile, place):
+    return zero(i32x16), zero(i32x16)
 
 
 TILE_BYTES, KEEP_TOKEN, TAKE_QUERIES = (
     ByLayout(function) for function in (tile_bytes, keep_token, take_queries)
 )
-SCORE, VALUE_SCALES, SHARE_SCALE = (
-    ByLayout(function) for function in (score, value_scales, share_scale)
-)
+VALUE_SCALES, SHARE_SCALE = ByLayout(value_scales), ByLayout(share_scale)
 STORE_SHARES, ADD_VALUES = ByLayout(store_shares), ByLayout(add_values)
+KEY_PRODUCTS, VALUE_PRODUCTS = (
+    ByLayout(function, no_products) for function in (key_products, value_products)
+)
+SCORE = ByLayout(score)
 
 
 # ---- a tile ----
 
 
 @inner
-def share_out(kind, rows, width, count, tile, scale, later):
+def share_out(kind, rows, width, count, tile, scale, later, mask):
     """Scores of a tile to whole numbers; `worth` becomes what one of them is worth.
 
-    scale: of the scores, to units of ln 2. `later` and what is returned are as for `score`.
+    scale: of the scores, to units of ln 2. `later`, `mask` and what is returned are as for `score`.
     """
     numbers = numbers_of(rows, width)
     maxima, sums, factors, worth = numbers, numbers + 64, numbers + 128, numbers + 192
@@ -236,8 +261,9 @@ def share_out(kind, rows, width, count, tile, scale, later):
                 share = first_lanes(share, count - p, np.float32(0))
                 worthy = first_lanes(worthy, count - p, np.float32(0))
             store(row + 4 * p, worthy)
-            if later > 0:
-                prefetch(later + 4 * TILE * r + 4 * p)
+            if (p // 16) & mask == 0:
+                prefetch(later)
+                later += 64
             total, weight = total + share, weight + worthy
             greatest = maximum(greatest, worthy)
         store(parts + 64 * r, greatest)
@@ -250,18 +276,8 @@ def share_out(kind, rows, width, count, tile, scale, later):
     store(worth, one + (total + weight) * np.float32(0))
     store(parts, splat(f32x16, np.float32(1)) / maximum(one, splat(f32x16, LEAST)))
     for r in range(ROWS):
-        row, inverse = shares + 4 * TILE * r, load_f32(parts + 4 * r)
-        for p in range(0, TILE, 16):
-            codes = nearest_integers(load(f32x16, row + 4 * p) * inverse)
-            store_shares(kind, row, p, codes)
-    return later + 4 * TILE * ROWS if later > 0 else 0
-
-
-@inner
-def ask_piece(address, size):
-    """Ask memory for `size` bytes; the address of what follows."""
-    ask(address, size)
-    return address + size
+        store_shares(kind, shares + 4 * TILE * r, load_f32(parts + 4 * r), mask)
+    return later
 
 
 @inner
@@ -272,33 +288,33 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     """
     width = (size + 31) // 32 * 32
     item = bytes_of_set(width)
-    # memory is asked for the next tile: with one set a line or two beside each step of all that is
-    # computed, with several a piece at a time
     used = per_token * count
-    steps = used * (TILE // GROUP // 2 + 1 + width // 32)
-    piece = 0 if used == 1 else (tile_bytes(kind, width) // steps + 63) // 64 * 64
-    later = tile + tile_bytes(kind, width)
-    beside = later if used == 1 else 0
+    later, mask = tile + tile_bytes(kind, width), 1
+    while 2 * mask <= used:
+        mask *= 2
+    mask -= 1
+    # a few sets wait for memory, not for products
+    nothing = (zero(i32x16), zero(i32x16))
     for group in range(0, TILE // GROUP, 2):
+        products = key_products(kind, width, tile, group) if is_shared(mask) else nothing
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
             if left > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
-                    later = ask_piece(later, piece)
-                    beside = score(kind, rows, width, tile, group, left > GROUP, beside)
+                    both = left > GROUP
+                    later = score(kind, rows, width, tile, group, both, products, later, mask)
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
         if positions > 0:
             for i in range(per_token):
                 rows = sets + (t * per_token + i) * item
-                later = ask_piece(later, piece)
-                beside = share_out(kind, rows, width, positions, tile, scale, beside)
+                later = share_out(kind, rows, width, positions, tile, scale, later, mask)
     for c in range(0, width, 32):
+        products = value_products(kind, width, tile, c) if is_shared(mask) else nothing
         for t in range(count):
             positions = tile_positions(first + t, chunk, start)
             if positions > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
-                    later = ask_piece(later, piece)
-                    beside = add_values(kind, rows, width, c, positions, tile, beside)
+                    later = add_values(kind, rows, width, c, positions, tile, products, later, mask)

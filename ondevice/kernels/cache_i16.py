@@ -11,6 +11,9 @@ is its length / LENGTH, or more where a single code would not fit. A sum of shar
 at most the sum of the shares' codes times the greatest value's code: values have codes up to
 VALUES, and shares add up to SHARES.
 
+Where that is faster, several sets take products of sums (`rows.pair_rows`), the same integers;
+codes leave room for the sum of two.
+
 Rounding moves a key by about 1e-4 of its length, as rounding to half floats does; but products of
 16-bit integers are twice as many per instruction as those of floats.
 """
@@ -19,11 +22,12 @@ import math
 
 import numpy as np
 
-from ondevice.kernels.arithmetic import maximum
+from ondevice.kernels.arithmetic import lane_sum, maximum
 from ondevice.kernels.cache import (
     ADD_VALUES,
     GROUP,
     KEEP_TOKEN,
+    KEY_PRODUCTS,
     NEAR,
     SCORE,
     SHARE_SCALE,
@@ -31,20 +35,27 @@ from ondevice.kernels.cache import (
     TAKE_QUERIES,
     TILE,
     TILE_BYTES,
+    VALUE_PRODUCTS,
     VALUE_SCALES,
     code_of,
     codes_of,
     greatest_magnitude,
     inverse_of,
+    is_shared,
     numbers_of,
 )
 from ondevice.kernels.dot.tile import Layout
 from ondevice.kernels.norm import squared_length
 from ondevice.kernels.rows import (
     ROWS,
+    SUMS_FIRST,
+    add_word_products,
+    begin_pairs,
     fma_dots,
     fma_scaled_dots,
     load_rows,
+    neighbour_products,
+    pair_rows,
     scale_rows,
     store_rows,
     word_rows,
@@ -54,21 +65,26 @@ from ondevice.kernels.rows import (
 from ondevice.kernels.simd import (
     f32x16,
     i16x32,
+    i32x16,
     load,
     load_f32,
     prefetch,
     prefetch_near,
     store_f32,
     store_i16,
+    store_i32,
     store_words,
+    zero,
 )
 from quant.jit import inner
 
 I16 = Layout("i16 cache")
-MOST = 32767
+MOST = 16383
+"""Of a code of a query or a key: the sum of two is an int16, see `rows.pair_rows`."""
 LENGTH = 46000
 """Of the codes of a query or a key: its square, and what rounding adds, is below 2 ** 31."""
-VALUES = 8191
+VALUES, MOST_SHARE = 8191, 24575
+"""Of a value's code and a share; their sum is an int16."""
 SHARES = 262000
 """Times VALUES, and what rounding adds, it is below 2 ** 31."""
 
@@ -121,7 +137,7 @@ def keep_token(kind, tile, place, width, size, key, value):
 
 @TAKE_QUERIES.register(I16)
 def take_queries(kind, rows, width, x, size, used):
-    """Per row: codes i16 x width | scale f32."""
+    """Per row: codes i16 x width | scale f32 | what `begin_pairs` takes i32."""
     for r in range(ROWS):
         source, target = x + 8 * r * size, rows + 4 * r * width
         have = size if r < used else 0
@@ -130,36 +146,99 @@ def take_queries(kind, rows, width, x, size, used):
         for c in range(0, width, 16):
             store_words(target + 2 * c, codes_of(source, c, have, inverse))
         store_f32(target + 2 * width, scale)
+        if SUMS_FIRST:
+            store_i32(target + 2 * width + 4, own_products(target, width))
+
+
+@inner
+def own_products(words, count):
+    """The products of the even dwords of `count` int16, n * 32, with the odd ones after them."""
+    total = zero(i32x16)
+    for i in range(0, count, 32):
+        total = total + neighbour_products(load(i16x32, words + 2 * i))
+    return lane_sum(total)
+
+
+@inner
+def products_of_two(x, y, steps):
+    """The products of neighbouring vectors of int16 from two addresses on, n * 2 of them."""
+    low, high = zero(i32x16), zero(i32x16)
+    for at in range(0, 64 * steps, 128):
+        low = add_word_products(low, load(i16x32, x + at), load(i16x32, x + at + 64))
+        high = add_word_products(high, load(i16x32, y + at), load(i16x32, y + at + 64))
+    return low, high
+
+
+@KEY_PRODUCTS.register(I16)
+def key_products(kind, width, tile, group):
+    keys = tile + 2 * GROUP * width * group
+    if SUMS_FIRST:
+        return products_of_two(keys, keys + 2 * GROUP * width, width // 2)
+    return zero(i32x16), zero(i32x16)
+
+
+@inner
+def add_pairs(dots, low, high, steps, rows, stride, later, mask):
+    """`pair_rows` of two runs of vectors; memory is asked for as for `score`."""
+    for step in range(0, steps, 2):
+        x, y = low + 64 * step, high + 64 * step
+        if step & (mask // 2) == 0:
+            prefetch(later)
+            later += 64
+        lanes = load(i16x32, x), load(i16x32, x + 64)
+        others = load(i16x32, y), load(i16x32, y + 64)
+        dots = pair_rows(dots, lanes, others, rows + 4 * step, stride)
+    return dots, later
+
+
+@inner
+def add_words(low_dots, high_dots, low, high, steps, rows, stride, later, mask):
+    """`word_rows` of two runs of vectors; memory is asked for as for `score`."""
+    for step in range(steps):
+        at, pair = 64 * step, rows + 4 * step
+        if mask == 0:
+            prefetch(later)
+            prefetch(later + 64)
+            later += 128
+            prefetch_near(low + at + NEAR)
+            prefetch_near(high + at + NEAR)
+        elif step & (mask // 2) == 0:
+            prefetch(later)
+            later += 64
+        low_dots = word_rows(low_dots, load(i16x32, low + at), pair, stride)
+        high_dots = word_rows(high_dots, load(i16x32, high + at), pair, stride)
+    return low_dots, high_dots, later
 
 
 @SCORE.register(I16)
-def score(kind, rows, width, tile, group, both, later):
+def score(kind, rows, width, tile, group, both, products, later, mask):
     keys, scales = tile + 2 * GROUP * width * group, key_scales_of(tile, width) + 4 * GROUP * group
     other = keys + 2 * GROUP * width
     target = rows + 4 * (3 * ROWS * width + GROUP * group)
-    query_scales = rows + 2 * width
-    low = zero_dots()
+    query_scales, stride, steps = rows + 2 * width, 4 * width, width // 2
     if both:
-        high = zero_dots()
-        for d in range(0, width, 2):
-            at = 32 * d
-            if later > 0:
-                prefetch(later + 2 * at)
-                prefetch(later + 2 * at + 64)
-                prefetch_near(keys + at + NEAR)
-                prefetch_near(other + at + NEAR)
-            low = word_rows(low, load(i16x32, keys + at), rows + 2 * d, 4 * width)
-            high = word_rows(high, load(i16x32, other + at), rows + 2 * d, 4 * width)
+        if SUMS_FIRST and is_shared(mask):
+            begun = query_scales + 4
+            dots = (
+                begin_pairs(begun, stride, products[0]),
+                begin_pairs(begun, stride, products[1]),
+            )
+            (low, high), later = add_pairs(dots, keys, other, steps, rows, stride, later, mask)
+        else:
+            low, high = zero_dots(), zero_dots()
+            low, high, later = add_words(low, high, keys, other, steps, rows, stride, later, mask)
         scale = load(f32x16, scales + 4 * GROUP)
-        products = fma_scaled_dots(zero_rows(), high, scale, query_scales, 4 * width)
-        store_rows(target + 4 * GROUP, 4 * TILE, products)
-        later += 4 * GROUP * width if later > 0 else 0
+        store_rows(
+            target + 4 * GROUP,
+            4 * TILE,
+            fma_scaled_dots(zero_rows(), high, scale, query_scales, stride),
+        )
     else:
-        for d in range(0, width, 2):
-            low = word_rows(low, load(i16x32, keys + 32 * d), rows + 2 * d, 4 * width)
+        low = zero_dots()
+        for step in range(steps):
+            low = word_rows(low, load(i16x32, keys + 64 * step), rows + 4 * step, stride)
     scale = load(f32x16, scales)
-    products = fma_scaled_dots(zero_rows(), low, scale, query_scales, 4 * width)
-    store_rows(target, 4 * TILE, products)
+    store_rows(target, 4 * TILE, fma_scaled_dots(zero_rows(), low, scale, query_scales, stride))
     return later
 
 
@@ -170,33 +249,46 @@ def value_scales(kind, tile, width, place):
 
 @SHARE_SCALE.register(I16)
 def share_scale(kind, greatest, total):
-    return maximum(greatest * np.float32(1 / MOST), total * np.float32(1 / SHARES))
+    return maximum(greatest * np.float32(1 / MOST_SHARE), total * np.float32(1 / SHARES))
 
 
 @STORE_SHARES.register(I16)
-def store_shares(kind, row, place, codes):
-    store_words(row + 2 * place, codes)
+def store_shares(kind, row, inverse, mask):
+    """Codes i16 x TILE | what `begin_pairs` takes i32."""
+    for p in range(0, TILE, 16):
+        store_words(row + 2 * p, codes_of(row, p, TILE, inverse))
+    if SUMS_FIRST and is_shared(mask):
+        store_i32(row + 2 * TILE, own_products(row, TILE))
+
+
+@VALUE_PRODUCTS.register(I16)
+def value_products(kind, width, tile, c):
+    values = values_of(tile, width) + 2 * TILE * c
+    if SUMS_FIRST:
+        return products_of_two(values, values + 32 * TILE, TILE // 2)
+    return zero(i32x16), zero(i32x16)
 
 
 @ADD_VALUES.register(I16)
-def add_values(kind, rows, width, c, count, tile, later):
+def add_values(kind, rows, width, c, count, tile, products, later, mask):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192
     values = values_of(tile, width) + 2 * TILE * c
-    other = values + 32 * TILE
-    low_dots, high_dots = zero_dots(), zero_dots()
-    for p in range(0, count, 2):
-        at = 32 * p
-        if later > 0:
-            prefetch(later + 2 * at)
-            prefetch(later + 2 * at + 64)
-            prefetch_near(values + at + NEAR)
-            prefetch_near(other + at + NEAR)
-        low_dots = word_rows(low_dots, load(i16x32, values + at), codes + 2 * p, 4 * TILE)
-        high_dots = word_rows(high_dots, load(i16x32, other + at), codes + 2 * p, 4 * TILE)
-    low = scale_rows(load_rows(outputs, 4 * width), factors, 4)
-    store_rows(outputs, 4 * width, fma_dots(low, low_dots, worth, 4))
-    high = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
-    store_rows(outputs + 64, 4 * width, fma_dots(high, high_dots, worth, 4))
-    return later + 64 * TILE if later > 0 else 0
+    other, stride = values + 32 * TILE, 4 * TILE
+    if SUMS_FIRST and is_shared(mask) and count == TILE:
+        begun = codes + 2 * TILE
+        dots = (
+            begin_pairs(begun, stride, products[0]),
+            begin_pairs(begun, stride, products[1]),
+        )
+        steps = TILE // 2
+        (low, high), later = add_pairs(dots, values, other, steps, codes, stride, later, mask)
+    else:
+        low, high, steps = zero_dots(), zero_dots(), (count + 1) // 2
+        low, high, later = add_words(low, high, values, other, steps, codes, stride, later, mask)
+    before = scale_rows(load_rows(outputs, 4 * width), factors, 4)
+    store_rows(outputs, 4 * width, fma_dots(before, low, worth, 4))
+    before = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
+    store_rows(outputs + 64, 4 * width, fma_dots(before, high, worth, 4))
+    return later

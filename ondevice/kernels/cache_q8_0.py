@@ -113,7 +113,7 @@ def take_queries(kind, rows, width, x, size, used):
 
 
 @inner
-def score_group(rows, width, tile, group, later):
+def score_group(rows, width, tile, group, later, mask):
     """Products of ROWS queries with 16 keys."""
     blocks = width // 32
     keys = tile + GROUP * width * group
@@ -123,24 +123,22 @@ def score_group(rows, width, tile, group, later):
         dots = begin_dots(rows + width + width // 8 + 4 * b, 4 * width)
         for i in range(8):
             at = keys + 64 * (8 * b + i)
-            if later > 0:
-                prefetch(later + at - keys)
+            if i & mask == 0:
+                prefetch(later)
+                later += 64
+            if mask == 0:
                 prefetch_near(at + NEAR)
             dots = dot_rows(dots, load(i8x64, at), rows + 32 * b + 4 * i, 4 * width)
         scale = load_halves(scales + 2 * GROUP * b)
         sums = fma_scaled_dots(sums, dots, scale, rows + width + 4 * b, 4 * width)
     store_rows(rows + 4 * (3 * ROWS * width + GROUP * group), 4 * TILE, sums)
+    return later
 
 
 @SCORE.register(Q8_0)
-def score(kind, rows, width, tile, group, both, later):
-    if not both:
-        score_group(rows, width, tile, group, 0)
-        return later
-    score_group(rows, width, tile, group, later)
-    later += GROUP * width if later > 0 else 0
-    score_group(rows, width, tile, group + 1, later)
-    return later + GROUP * width if later > 0 else 0
+def score(kind, rows, width, tile, group, both, products, later, mask):
+    later = score_group(rows, width, tile, group, later, mask)
+    return score_group(rows, width, tile, group + 1, later, mask) if both else later
 
 
 @VALUE_SCALES.register(Q8_0)
@@ -154,12 +152,13 @@ def share_scale(kind, greatest, total):
 
 
 @STORE_SHARES.register(Q8_0)
-def store_shares(kind, row, place, codes):
-    store_bytes(row + place, codes)
+def store_shares(kind, row, inverse, mask):
+    for p in range(0, TILE, 16):
+        store_bytes(row + p, codes_of(row, p, TILE, inverse))
 
 
 @ADD_VALUES.register(Q8_0)
-def add_values(kind, rows, width, c, count, tile, later):
+def add_values(kind, rows, width, c, count, tile, products, later, mask):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192
@@ -167,15 +166,19 @@ def add_values(kind, rows, width, c, count, tile, later):
     low_dots, high_dots = zero_dots(), zero_dots()
     for p in range(0, count, 4):
         at = values + 16 * p
-        if later > 0:
-            prefetch(later + 32 * p)
-            prefetch(later + 32 * p + 64)
+        if mask == 0:
+            prefetch(later)
+            prefetch(later + 64)
+            later += 128
             prefetch_near(at + NEAR)
             prefetch_near(at + 16 * TILE + NEAR)
+        elif (p // 4) & (mask // 2) == 0:
+            prefetch(later)
+            later += 64
         low_dots = share_rows(low_dots, load(i8x64, at), codes + p, 4 * TILE)
         high_dots = share_rows(high_dots, load(i8x64, at + 16 * TILE), codes + p, 4 * TILE)
     low = scale_rows(load_rows(outputs, 4 * width), factors, 4)
     store_rows(outputs, 4 * width, fma_dots(low, low_dots, worth, 4))
     high = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)
     store_rows(outputs + 64, 4 * width, fma_dots(high, high_dots, worth, 4))
-    return later + 32 * TILE if later > 0 else 0
+    return later

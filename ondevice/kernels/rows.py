@@ -41,6 +41,10 @@ _VNNI = 512 if {"avx512vnni", "avx512bw"} <= FEATURES else 0
 if not _VNNI and ("avxvnni" in FEATURES or {"avx512vnni", "avx512vl"} <= FEATURES):
     _VNNI = 256
 _AVX2, _SDOT = X86 and "avx2" in FEATURES, not X86 and "dotprod" in FEATURES
+SUMS_FIRST = _VNNI == 512 and "sse4a" in FEATURES
+"""Whether `pair_rows` is faster than `word_rows`. AMD's processors, which alone have SSE4a, add in
+other units too than those that multiply; Intel's have no others for 64 bytes.
+"""
 SHARES = 255 if _VNNI else 127
 """The greatest share: two of its products with bytes must fit what this machine adds them up in."""
 
@@ -242,6 +246,84 @@ share_rows = _dots(_dot_unsigned, i8x64)
 """Each row's dots + the products of each dword of x (i8) with the row's four u8, up to SHARES."""
 word_rows = _dots(_dot_words, i16x32)
 """Each row's dots + the products of each dword of x (i16) with the row's two i16."""
+
+
+# Of neighbouring dwords a, b of a row and x, y of a lane, each of two int16 (Winograd, 1968, "A New
+# Algorithm for Inner Product"):
+#
+#     a x + b y = (a + y)(b + x) - a b - x y
+#
+# One product and two additions instead of two products: all lanes share a b, all rows x y. Whatever
+# sum overflows on the way, the result is exact, so long as a + y and b + x are int16.
+
+
+@intrinsic
+def pair_rows(typing: Any, dots: Any, lanes: Any, others: Any, address: Any, stride: Any) -> Any:
+    """Two dots of each row (from `begin_pairs`) + the products of x and y with the row's next two
+    dwords; `lanes` and `others` are x and y (i16x32), of one and of the other.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        two = [builder.extract_value(args[0], i) for i in (0, 1)]
+        pairs = [[builder.extract_value(arg, i) for i in (0, 1)] for arg in args[1:3]]
+        # row by row, so that the registers hold what two rows take from memory, not all of them
+        for row in range(ROWS):
+            at = _at(builder, args[3], args[4], row)
+            dwords = [load_from(builder, builder.add(at, constant(I64, i)), I32) for i in (0, 4)]
+            a, b = (builder.bitcast(broadcast(builder, x, 16), llvm_type(i16x32)) for x in dwords)
+            for i, (x, y) in enumerate(pairs):
+                operands = [
+                    builder.extract_value(two[i], row),
+                    builder.add(y, a),
+                    builder.add(x, b),
+                ]
+                total = _in_registers(builder, _dot_words, operands)
+                two[i] = builder.insert_value(two[i], total, row)
+        return context.make_tuple(builder, sig.return_type, two)
+
+    two = types.UniTuple(DOTS_TYPE, 2)
+    words = types.UniTuple(i16x32, 2)
+    return two(two, words, words, types.int64, types.int64), lower
+
+
+@intrinsic
+def begin_pairs(typing: Any, address: Any, stride: Any, lanes: Any) -> Any:
+    """What `pair_rows` starts from: minus the row's int32, a b, and minus x y of the lanes."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = constant(context.get_value_type(DOTS_TYPE), None)
+        nothing = builder.neg(args[2])
+        for row in range(ROWS):
+            total = load_from(builder, _at(builder, args[0], args[1], row), I32)
+            start = builder.sub(nothing, broadcast(builder, total, 16))
+            result = builder.insert_value(result, start, row)
+        return result
+
+    return DOTS_TYPE(types.int64, types.int64, i32x16), lower
+
+
+@intrinsic
+def add_word_products(typing: Any, total: Any, x: Any, y: Any) -> Any:
+    """total + the two products of each dword of x with that of y, int16."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _in_registers(builder, _dot_words, list(args))
+
+    return i32x16(i32x16, i16x32, i16x32), lower
+
+
+@intrinsic
+def neighbour_products(typing: Any, words: Any) -> Any:
+    """int32 that add up to the products of the words' even dwords with the odd ones after them."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = builder.bitcast(args[0], ir.VectorType(I64, 8))
+        odd = builder.lshr(wide, broadcast(builder, constant(I64, 32), 8))
+        nothing = constant(llvm_type(i32x16), None)
+        operands = [nothing, args[0], builder.bitcast(odd, args[0].type)]
+        return _in_registers(builder, _dot_words, operands)
+
+    return i32x16(i16x32), lower
 
 
 @intrinsic

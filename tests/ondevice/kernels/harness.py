@@ -360,11 +360,13 @@ def check_products(names: Sequence[str]) -> None:
 # What compilers call these CPUs; the generic one is what every x86-64 can do.
 _BASE = "64bit cx8 cmov fxsr mmx sse sse2"
 _AVX2 = f"{_BASE} sse3 ssse3 sse4.1 sse4.2 popcnt avx avx2 fma f16c bmi bmi2 lzcnt"
+_AVX512 = f"{_AVX2} avx512f avx512bw avx512vl avx512dq avx512cd"
 MACHINES = {
     "generic": "",
     "haswell": _AVX2,
     "alderlake": f"{_AVX2} avxvnni",
-    "skylake-avx512": f"{_AVX2} avx512f avx512bw avx512vl avx512dq avx512cd",
+    "skylake-avx512": _AVX512,
+    "cascadelake": f"{_AVX512} avx512vnni",
 }
 
 

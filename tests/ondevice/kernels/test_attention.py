@@ -23,7 +23,8 @@ TILE = 128
 CONTEXT = 3 * TILE
 LAYER = 1  # of two: the other one's cache must stay as it is
 HALF_ROUNDING = 2.0**-11  # of a float16
-WORD_LENGTH, WORD_VALUES, WORD_SHARES, WORD_MOST = 46000, 8191, 262000, 32767
+WORD_LENGTH, WORD_MOST = 46000, 16383
+WORD_VALUES, WORD_SHARE, WORD_SHARES = 8191, 24575, 262000
 ROUNDING = 5e-6
 
 
@@ -191,7 +192,7 @@ class Case:
                 step = step / rows.SHARES
             else:
                 total = weight.sum(axis=1, keepdims=True)
-                step = np.maximum(step / WORD_MOST, total / WORD_SHARES)
+                step = np.maximum(step / WORD_SHARE, total / WORD_SHARES)
             with np.errstate(invalid="ignore"):
                 units = np.nan_to_num(abs(values[tile]) / scales[:, None])
             error += step / 2 * units.sum(axis=0)
@@ -347,17 +348,40 @@ def test_extreme_codes() -> None:
         assert (abs(out - exact) <= error).all(), kind
 
 
+def test_greatest_codes() -> None:
+    """Codes two dimensions or positions apart are as great as can be, with either sign."""
+    size, tokens = 64, 2 * TILE
+    case = Case(8, 1, size, 0, tokens)
+    case.q_norm[:] = case.k_norm[:] = 1
+    case.q.reshape(tokens, 8, 2, size)[:, :, 0] = 0
+    case.k[:] = 0
+    for t in range(tokens):
+        for head in range(8):
+            place = 2 * size * head + (t + head) % size
+            case.q[t, [place, place ^ 2]] = (-1) ** (t + head // 4)
+        case.k[t, [5 * t % size, 5 * t % size ^ 2]] = (-1) ** (t // 3)
+    # the shares of keys in the query's dimensions are by far the greatest
+    case.q_norm *= np.float32(4)
+    case.v = np.where(np.arange(tokens)[:, None] // 2 % 2, 1, -1).repeat(size, 1)
+    case.v = case.v.astype(np.float32)
+    out = case.run(0, tokens)
+    exact, error = case.exact()
+    assert (abs(out - exact) <= error).all()
+    assert bits(case.run(tokens - 1, tokens)) == bits(out[-1:])
+
+
 def check_here() -> None:
     """Both kinds of cache on the machine that this process compiles for."""
     test_extreme_codes()
+    test_greatest_codes()
     for kind in attention.CACHES:
-        for heads, kv_heads, size in ((16, 2, 64), (3, 1, 40)):
-            case = Case(heads, kv_heads, size, 4, 70, kind=kind)
-            whole = case.run(0, 70)
+        for heads, kv_heads, size, tokens in ((16, 2, 64, TILE + 20), (3, 1, 40, 71)):
+            case = Case(heads, kv_heads, size, 4, tokens, kind=kind)
+            whole = case.run(0, tokens)
             exact, error = case.exact()
             assert (abs(whole - exact) <= error).all(), kind
-            other = Case(heads, kv_heads, size, 4, 70, kind=kind)
-            ends = [0, 1, 9, 30, 69, 70]
+            other = Case(heads, kv_heads, size, 4, tokens, kind=kind)
+            ends = [0, 1, 9, 30, 69, tokens - 1, tokens]
             outputs = [other.run(a, b, threads=1 + b % 3) for a, b in itertools.pairwise(ends)]
             assert bits(np.concatenate(outputs)) == bits(whole), kind
 
