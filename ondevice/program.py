@@ -175,12 +175,8 @@ class Program:
     # ---- memory ----
 
     def buffer(self, name: str, row_bytes: int, rows_per_token: int = 1) -> Buffer:
-        """The buffer of that name; made when first asked for.
-
-        Rows are an odd number of cache lines: the same columns of many tokens then spread over all
-        sets of the caches.
-        """
-        row_bytes = (-(-row_bytes // LINE) | 1) * LINE
+        """The buffer of that name; made when first asked for."""
+        row_bytes = activation.odd_lines(row_bytes)
         known = self._buffers.get(name)
         if known is None:
             known = Buffer(self._memory(rows_per_token * row_bytes), row_bytes)

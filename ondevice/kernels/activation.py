@@ -47,17 +47,22 @@ NONE, PER_256, PER_32 = 0, 1, 2
 """Kinds of activation record; NONE is plain float32."""
 
 
-def record_bytes(kind: int, columns: int) -> int:
-    """Bytes of one token's record: an odd number of cache lines, so that the same columns of
-    many tokens spread over all sets of the first-level cache.
+def odd_lines(nbytes: int) -> int:
+    """`nbytes` rounded up to an odd number of cache lines: where rows are so far apart, the same
+    columns of many tokens spread over all sets of the caches.
     """
+    return (-(-nbytes // 64) | 1) * 64
+
+
+def record_bytes(kind: int, columns: int) -> int:
+    """Bytes of one token's record."""
     if kind == PER_256:
         used = columns + columns // 256 * 4 + columns // 16 * 2 + columns // 32 * 2
     elif kind == PER_32:
         used = columns + columns // 32 * 8
     else:
         used = columns * 4
-    return (-(-used // 64) | 1) * 64
+    return odd_lines(used)
 
 
 @inner

@@ -15,7 +15,13 @@ Experts are read where the file maps them, or from a pool (kernels/store.py).
 
 import numpy as np
 
-from ondevice.kernels.activation import exponential, quantize_row, sigmoid_of, silu_times
+from ondevice.kernels.activation import (
+    exponential,
+    odd_lines,
+    quantize_row,
+    sigmoid_of,
+    silu_times,
+)
 from ondevice.kernels.arithmetic import fma, lane_maximum, lane_sum, maximum
 from ondevice.kernels.layout import COUNT, WORD, argument, word
 from ondevice.kernels.linear import call_rows
@@ -135,15 +141,12 @@ def group(op, step, task, scratch):
     store_i64(routing + WORD * AGAIN, 0)
 
 
-@inner
-def row_stride(rows):
-    """Bytes between the results of two tokens: an odd number of cache lines."""
-    return ((4 * rows + 63) // 64 | 1) * 64
+row_stride = inner(odd_lines)
 
 
 def gate_up_scratch(rows: int) -> int:
     """Scratch that `gate_up` needs for matrices of so many rows, besides that of the products."""
-    return max(ROOM, 2 * (4 * rows + 128))
+    return max(ROOM, 2 * odd_lines(4 * rows))
 
 
 @operation
@@ -174,7 +177,7 @@ def gate_up(op, step, task, scratch):
             return
         gate, up = word(place, PLACE_GATE), word(place, PLACE_UP)
     gate, up, out = gate + start * gate_row, up + start * up_row, out + 4 * start
-    stride = row_stride(used)
+    stride = row_stride(4 * used)
     most = max(1, ROOM // (2 * stride))
     g = scratch + argument(op, 19)
     u = g + most * stride

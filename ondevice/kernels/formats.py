@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ondevice.kernels import expand
 from ondevice.kernels.activation import NONE, PER_32, PER_256
-from ondevice.kernels.dot import blocks, expanded, floats, k_quants, pairs
+from ondevice.kernels.dot import blocks, expanded, floats, iq4_xs, pairs, q4_k, q6_k
 from ondevice.kernels.dot.tile import scratch_bytes
 from ondevice.kernels.operation import CompiledFunction
 
@@ -39,8 +39,8 @@ READERS = {
     "MXFP4": Reader(blocks.multiply_mxfp4, expand.expand_mxfp4, PER_32, scratch_bytes),
     "Q2_K": Reader(expanded.multiply_q2_k, expand.expand_q2_k, NONE, expanded.scratch_bytes),
     "Q3_K": Reader(expanded.multiply_q3_k, expand.expand_q3_k, NONE, expanded.scratch_bytes),
-    "Q4_K": Reader(k_quants.multiply_q4_k, expand.expand_q4_k, PER_256, scratch_bytes),
-    "Q5_K": Reader(k_quants.multiply_q5_k, expand.expand_q5_k, PER_256, scratch_bytes),
-    "Q6_K": Reader(k_quants.multiply_q6_k, expand.expand_q6_k, PER_256, scratch_bytes),
-    "IQ4_XS": Reader(k_quants.multiply_iq4_xs, expand.expand_iq4_xs, PER_256, scratch_bytes),
+    "Q4_K": Reader(q4_k.multiply_q4_k, expand.expand_q4_k, PER_256, scratch_bytes),
+    "Q5_K": Reader(q4_k.multiply_q5_k, expand.expand_q5_k, PER_256, scratch_bytes),
+    "Q6_K": Reader(q6_k.multiply_q6_k, expand.expand_q6_k, PER_256, scratch_bytes),
+    "IQ4_XS": Reader(iq4_xs.multiply_iq4_xs, expand.expand_iq4_xs, PER_256, scratch_bytes),
 }

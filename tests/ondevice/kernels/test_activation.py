@@ -5,9 +5,11 @@ import pytest
 
 from ondevice.kernels import activation
 from ondevice.kernels.activation import NONE, PER_32, PER_256
+from ondevice.kernels.dot import superblock
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.kernels.simd import f32x16, load, load_f32, store, store_f32
 from quant.format import Array
+from quant.jit import from_python
 from tests.ondevice.kernels.harness import (
     Rows,
     bits,
@@ -58,6 +60,20 @@ INPUTS = {
     "huge": gaussian() * np.float32(1e36),
     "halves": np.tile(np.arange(-127, 129, dtype=np.float32) / 2, (1, 2)),
 }
+
+
+def test_places_in_a_record() -> None:
+    records = quantized(gaussian(), PER_256)
+    codes, scales, _ = unpack(PER_256, records, COLUMNS)
+    wanted = (
+        (superblock.scales_at, scales),
+        (superblock.sums_of_16_at, sums_of(codes, 16).astype(np.int16)),
+        (superblock.sums_of_32_at, sums_of(codes, 32).astype(np.int16)),
+    )
+    for place, values in wanted:
+        at = from_python(place)(COLUMNS)
+        found = records[:, at : at + values[0].nbytes].copy().view(values.dtype)
+        assert bits(found) == bits(values)
 
 
 @KINDS

@@ -1,19 +1,25 @@
-"""Products for the formats of 256 weights, with int8 activations scaled per 256.
+"""Products for Q4_K and Q5_K, with int8 activations scaled per 256.
 
-With activation codes a, activation scale y, and sums of activation codes s, superblock by
+With activation codes a, activation scale y, and sums s of 32 activation codes, superblock by
 superblock, both sums exact in int32:
 
-    Q4_K, Q5_K   w . a += y d (scales . codes . a);  w . a += y (-dmin) (mins . s), s over 32 codes
-    Q6_K         w . a += y d (scales . codes . a - 32 scales . s), s over 16 codes
-    IQ4_XS       w . a += y d (scales . values . a), values from a table
+    w . a += y d (scales . codes . a);  w . a += y (-dmin) (mins . s)
 
-Block layouts: quant/q4_k.py, q5_k.py, q6_k.py, iq4_xs.py.
+Block layouts: quant/q4_k.py, q5_k.py.
 """
 
 from typing import Any
 
 import numpy as np
 
+from ondevice.kernels.dot.superblock import (
+    SUPERBLOCK,
+    d_of_header,
+    moved,
+    scales_at,
+    sums_of_32_at,
+    words,
+)
 from ondevice.kernels.dot.tile import (
     PAIRS,
     SCALES,
@@ -24,7 +30,6 @@ from ondevice.kernels.dot.tile import (
     ask_quad,
     codes_of_sixteen,
     columns_of_sixteen,
-    full_codes,
     high_four,
     low_four,
     lowered,
@@ -35,7 +40,6 @@ from ondevice.kernels.dot.tile import (
     raised,
     rows_at,
     unpackers,
-    wide_from_two,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -43,15 +47,10 @@ from ondevice.kernels.products import (
     codes_at,
     codes_by_quarter,
     codes_dot,
-    half_dot_words,
     quad_dot,
-    quad_dot_bytes,
     quad_dot_words,
     wide_dot,
-    wide_dot_bytes,
-    wide_dot_in_order,
     wide_dot_words,
-    wide_dots_16,
     wide_dots_32,
     words_dot,
 )
@@ -62,9 +61,6 @@ from ondevice.kernels.shuffles import (
     halves,
     lane_shuffle,
     load_quad,
-    load_signed,
-    load_twice,
-    quarters_lowered,
     unmerged,
     word_fields,
 )
@@ -82,7 +78,6 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.sums import (
     add_dots,
-    add_multiple,
     add_quarters,
     add_scaled,
     add_two_dots,
@@ -93,17 +88,13 @@ from ondevice.kernels.sums import (
     turn_quads,
 )
 from ondevice.kernels.tiles import (
-    BIASED,
     BY_FOURS,
     IN_ONE,
     NIBBLES,
     STEPS_4,
     STEPS_5,
-    STEPS_6,
-    STEPS_FULL,
     load_floats,
     spread,
-    spread_words,
     store_floats,
     store_vectors,
     zero_dots,
@@ -113,9 +104,7 @@ from ondevice.kernels.tiles import (
 )
 from quant.jit import inner
 
-SUPERBLOCK = 256
-Q4_K, Q5_K, Q6_K, IQ4_XS = (Layout(name) for name in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
-wide_from_two(IQ4_XS)
+Q4_K, Q5_K = Layout("Q4_K"), Layout("Q5_K")
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])
@@ -123,54 +112,12 @@ header_high = byte_shuffle([*range(4, 8), *range(4, 8), *range(8, 12), *range(8,
 low_fields = word_fields((0, 0, 0, 4), (0x3F, 0x0F, 0x3F, 0x0F))
 high_fields = word_fields((2, 2, 2, 2), (0, 0x30, 0, 0x30))
 mins_as_words = byte_shuffle([place for j in range(8) for place in (8 + j, None)])
-d_of_header, dmin_of_header = half_in_each(0), half_in_each(2)
+dmin_of_header = half_in_each(2)
 two_scales = byte_shuffle([0, None] * 4 + [1, None] * 4)
-
-first_words = lane_shuffle([4 * (lane // 4) for lane in range(16)])
-second_words = lane_shuffle([4 * (lane // 4) + 1 for lane in range(16)])
-
-# signed bytes go into the upper halves of words and are shifted down
-first_two_signed = byte_shuffle([None, 0] * 4 + [None, 2] * 4)
-next_two_signed = byte_shuffle([None, 4] * 4 + [None, 6] * 4)
-first_signed = byte_shuffle([place for j in range(8) for place in (None, j)])
-last_signed = byte_shuffle([place for j in range(8, 16) for place in (None, j)])
-d_at_the_end = half_in_each(14)
-
-
-def _moved(count: int) -> Any:
-    return byte_shuffle([*range(count, 16), *[None] * count])
-
-
-one_on, two_on, six_on = _moved(1), _moved(2), _moved(6)
+two_on = moved(2)
 
 
 # ---- four rows ----
-
-
-@inner
-def words(x):
-    return bitcast(i16x32, x)
-
-
-@inner
-def signed_words(x):
-    return bitcast(i16x32, x) >> np.int16(8)
-
-
-@inner
-def scales_at(columns):
-    """Where in a record the scales are; in the same way below."""
-    return columns
-
-
-@inner
-def sums_of_16_at(columns):
-    return columns + columns // SUPERBLOCK * 4
-
-
-@inner
-def sums_of_32_at(columns):
-    return columns + columns // SUPERBLOCK * 36
 
 
 @inner
@@ -331,134 +278,6 @@ def quad_q5_k(layout, tile, w, row_bytes, columns, rows):
     return totals
 
 
-# of 16 scales, in each half of a superblock: those of the low and of the high nibbles by quarter
-scales_of_first_half = lane_shuffle([q + i // 4 * 4 for q in range(4) for i in range(8)])
-scales_of_last_half = lane_shuffle([8 + q + i // 4 * 4 for q in range(4) for i in range(8)])
-last_bits_two_on = quarters_lowered((0, 0, 2, 2))
-d_of_four = lane_shuffle([8 * row + 7 for row in range(4)])
-
-
-@inner
-def half_of_row(tile, sums, low, high, scales, a, b):
-    """sums + a half of a superblock of Q6_K, its lower four and its upper two bits being there."""
-    upper = np.uint8(0x30)
-    x, bits = load(u8x64, low), last_bits_two_on(load_twice(high))
-    first = codes_dot(zero_dots(tile), low_four(x) | (raised(bits, 4) & upper), a)
-    second = codes_dot(zero_dots(tile), high_four(x) | (bits & upper), b)
-    return add_two_dots(sums, first, second, scales)
-
-
-@inner
-def row_of_q6_k(tile, block, rows, sums_at, a, b, c, d):
-    """Scaled dots of a row's superblock, all lanes to be added."""
-    scales = unmerged(load_signed(block + 192))
-    sums = half_dot_words(zero_sums(tile), scales * np.int16(-32), rows, sums_at)
-    sums = half_of_row(tile, sums, block, block + 128, scales_of_first_half(scales), a, b)
-    return half_of_row(tile, sums, block + 64, block + 160, scales_of_last_half(scales), c, d)
-
-
-@inner
-def rows_q6_k(tile, w, row_bytes, columns, rows):
-    """Four rows, one after the other in each superblock: f32x4, a lane being a row."""
-    totals = zero_fours(tile)
-    for i in range(columns // SUPERBLOCK):
-        block, at = w + 210 * i, SUPERBLOCK * i
-        ask_quad(block, row_bytes, 210)
-        last = load_quad(block + 194, row_bytes)
-        a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
-        c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
-        sums_at = sums_of_16_at(columns) + 32 * i
-        sums_0 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
-        block += row_bytes
-        sums_1 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
-        block += row_bytes
-        sums_2 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
-        block += row_bytes
-        sums_3 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
-        sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
-        factors = halves(d_of_four(words(last)))
-        totals = add_scaled(totals, sums, factors, rows, scales_at(columns) + 4 * i)
-    return totals
-
-
-@quads.register(Q6_K)
-def quad_q6_k(layout, tile, w, row_bytes, columns, rows):
-    if BY_FOURS:
-        return by_quarter(rows_q6_k(tile, w, row_bytes, columns, rows))
-    totals, upper = zero_floats(tile), np.uint8(0x30)
-    for b in range(columns // SUPERBLOCK):
-        block = w + 210 * b
-        ask_quad(block, row_bytes, 210)
-        all_scales = load_quad(block + 192, row_bytes)
-        scales, sums = all_scales, zero_sums(tile)
-        for half in range(2):
-            for part in range(2):
-                x = load_quad(block + 64 * half + 16 * part, row_bytes)
-                y = load_quad(block + 64 * half + 32 + 16 * part, row_bytes)
-                high = load_quad(block + 128 + 32 * half + 16 * part, row_bytes)
-                at = SUPERBLOCK * b + 128 * half + 16 * part
-                code = low_four(x) | (raised(high, 4) & upper)
-                first = quad_dot(zero_dots(tile), code, rows, at)
-                code = low_four(y) | (raised(high, 2) & upper)
-                second = quad_dot(zero_dots(tile), code, rows, at + 32)
-                factors = signed_words(first_two_signed(scales))
-                sums = add_two_dots(sums, first, second, factors)
-                code = high_four(x) | (high & upper)
-                first = quad_dot(zero_dots(tile), code, rows, at + 64)
-                code = high_four(y) | (lowered(high, 2) & upper)
-                second = quad_dot(zero_dots(tile), code, rows, at + 96)
-                factors = signed_words(next_two_signed(scales))
-                sums = add_two_dots(sums, first, second, factors)
-                scales = one_on(scales)
-            scales = six_on(scales)
-        at = sums_of_16_at(columns) + 32 * b
-        surplus = zero_sums(tile)
-        surplus = quad_dot_words(surplus, signed_words(first_signed(all_scales)), rows, at)
-        surplus = quad_dot_words(surplus, signed_words(last_signed(all_scales)), rows, at + 16)
-        sums = fold_quads(add_multiple(sums, surplus, -32))
-        d = d_at_the_end(load_quad(block + 194, row_bytes))
-        totals = add_scaled(totals, sums, d, rows, scales_at(columns) + 4 * b)
-    return totals
-
-
-@inner
-def iq4_xs_scale(first, second, j):
-    """Scale j of the rows whose blocks begin with these two words (u32x16), as `add_dots` takes it.
-
-    The words hold d, then the scales' upper 2 bits; their lower 4 bits.
-    """
-    upper = (first >> np.uint32(16 + 2 * j)) & np.uint32(3)
-    lower = (second >> np.uint32(4 * j)) & np.uint32(15)
-    return dots_scale(bitcast(i32x16, lower | (upper << np.uint32(4))) - np.int32(32))
-
-
-@quads.register(IQ4_XS)
-def quad_iq4_xs(layout, tile, w, row_bytes, columns, rows):
-    totals = zero_floats(tile)
-    for b in range(columns // SUPERBLOCK):
-        block = w + 136 * b
-        ask_quad(block, row_bytes, 136)
-        header = load_quad(block, row_bytes)
-        first, second = first_words(bitcast(u32x16, header)), second_words(bitcast(u32x16, header))
-        sums = zero_sums(tile)
-        for j in range(8):
-            scale = iq4_xs_scale(first, second, j)
-            x = load_quad(block + 8 + 16 * j, row_bytes)
-            low, high = full_codes(low_four(x)), full_codes(high_four(x))
-            at = SUPERBLOCK * b + 32 * j
-            if BIASED:
-                # four lanes of a quarter share the 128
-                dots = spread_words(tile, rows, sums_of_32_at(columns) + at // 16, -32)
-                dots = quad_dot_bytes(quad_dot_bytes(dots, low, rows, at), high, rows, at + 16)
-                sums = add_dots(sums, dots, scale)
-            else:
-                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), low, rows, at), scale)
-                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), high, rows, at + 16), scale)
-        y_at = scales_at(columns) + 4 * b
-        totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
-    return totals
-
-
 # ---- sixteen rows ----
 
 
@@ -530,51 +349,6 @@ def unpack_q5_k(layout, w, row_bytes, columns, panel):
                 store(to, (piece & four) | ((fifth << np.uint32(4)) & sixteen))
 
 
-@unpackers.register(Q6_K)
-def unpack_q6_k(layout, w, row_bytes, columns, panel):
-    four, upper = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
-    for half in range(2):
-        for part in range(2):
-            xs = codes_of_sixteen(w + 64 * half + 16 * part, row_bytes)
-            ys = codes_of_sixteen(w + 64 * half + 32 + 16 * part, row_bytes)
-            highs = codes_of_sixteen(w + 128 + 32 * half + 16 * part, row_bytes)
-            to = panel + 64 * (32 * half + 4 * part)
-            for i in range(4):
-                x, y, high = xs[i], ys[i], highs[i]
-                at = to + 64 * i
-                store(at, (x & four) | ((high << np.uint32(4)) & upper))
-                store(at + 512, (y & four) | ((high << np.uint32(2)) & upper))
-                store(at + 1024, ((x >> np.uint32(4)) & four) | (high & upper))
-                third = (high >> np.uint32(2)) & upper
-                store(at + 1536, ((y >> np.uint32(4)) & four) | third)
-    scales = columns_of_sixteen(w + 192, row_bytes)
-    for j, four_scales in enumerate(scales):
-        values = bitcast(i32x16, four_scales)
-        for i in range(4):
-            scale = (values << np.int32(24 - 8 * i)) >> np.int32(24)
-            store(panel + SCALES + 64 * (4 * j + i), dots_scale(scale))
-        for i in range(2):
-            first = (values << np.int32(24 - 16 * i)) >> np.int32(24)
-            second = (values << np.int32(16 - 16 * i)) >> np.int32(24)
-            pair = (first & np.int32(0xFFFF)) | (second << np.int32(16))
-            store(panel + PAIRS + 64 * (2 * j + i), pair)
-    end = columns_of_sixteen(w + 194, row_bytes)
-    store(panel + D, half_words(end[3], np.uint32(16)))
-
-
-@unpackers.register(IQ4_XS)
-def unpack_iq4_xs(layout, w, row_bytes, columns, panel):
-    four = np.uint32(0x0F0F0F0F)
-    first, second, _, _ = columns_of_sixteen(w, row_bytes)
-    store(panel + D, half_words(first, np.uint32(0)))
-    for j in range(8):
-        store(panel + SCALES + 64 * j, iq4_xs_scale(first, second, j))
-        for i, piece in enumerate(codes_of_sixteen(w + 8 + 16 * j, row_bytes)):
-            to = panel + 512 * j + 64 * i
-            store(to, full_codes(bitcast(u8x64, piece & four)))
-            store(to + 256, full_codes(bitcast(u8x64, (piece >> np.uint32(4)) & four)))
-
-
 @inner
 def add_mins(tile, sums, panel, rows, columns, start, totals):
     """The tokens' totals + the scaled sums of a panel of Q4_K or Q5_K, and its mins."""
@@ -640,56 +414,6 @@ def multiply_panel_q5_k(layout, tile, panel, rows, columns, start, size, totals,
     multiply_with_mins(tile, STEPS_5, panel, rows, columns, start, totals, later)
 
 
-@panels.register(Q6_K)
-def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals, later):
-    sums, surplus = zero_sums(tile), zero_sums(tile)
-    for j in range(16):
-        if j % 2 == 0:
-            ask_eighths(later, j // 2)
-        if IN_ONE:
-            dots = wide_dots_16(tile, panel + 256 * j, rows, start + 16 * j)
-            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-            continue
-        for first in range(0, 4, STEPS_6):
-            dots = zero_dots(tile)
-            for i in range(STEPS_6):
-                k = 4 * j + first + i
-                dots = wide_dot_in_order(dots, load(u8x64, panel + 64 * k), rows, start + 4 * k)
-            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-    at = sums_of_16_at(columns) + start // 8
-    for j in range(8):
-        pairs = load(i16x32, panel + PAIRS + 64 * j)
-        surplus = wide_dot_words(surplus, pairs, rows, at + 4 * j)
-    sums = add_multiple(sums, surplus, -32)
-    total = load_floats(tile, totals)
-    d = load(f32x16, panel + D)
-    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
-
-
-@panels.register(IQ4_XS)
-def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, totals, later):
-    sums = zero_sums(tile)
-    for j in range(8):
-        ask_eighths(later, j)
-        if IN_ONE:
-            dots = wide_dots_32(tile, panel + 512 * j, rows, start + 32 * j)
-            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-            continue
-        for first in range(0, 8, STEPS_FULL):
-            if BIASED:
-                dots = spread_words(tile, rows, sums_of_32_at(columns) + start // 16 + 2 * j, -128)
-            else:
-                dots = zero_dots(tile)
-            for i in range(STEPS_FULL):
-                k = 8 * j + first + i
-                piece = load(u8x64, panel + 64 * k)
-                dots = wide_dot_bytes(dots, piece, rows, start + 4 * k)
-            sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-    total = load_floats(tile, totals)
-    d = load(f32x16, panel + D)
-    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
-
-
 @row_kernel
 def multiply_q4_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
     multiply(Q4_K, 144, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
@@ -698,13 +422,3 @@ def multiply_q4_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 @row_kernel
 def multiply_q5_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
     multiply(Q5_K, 176, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
-
-
-@row_kernel
-def multiply_q6_k(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q6_K, 210, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
-
-
-@row_kernel
-def multiply_iq4_xs(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(IQ4_XS, 136, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
