@@ -436,13 +436,15 @@ def assert_answer_right(session: Session) -> None:
 def kill_and_open(model: Model, folder: Path, moments: int) -> tuple[int, int, int]:
     """What was shown is kept, and so is what was chosen, but for a token.
 
-    How many moments were within an answer; after how many of them the journal alone would have
-    lost tokens; the most that a moment lost.
+    At so many moments, and more until one of them is within an answer. How many were; after how
+    many of them the journal alone would have lost tokens; the most that a moment lost.
     """
     folder.mkdir()
     chance = random.Random(moments)
     replayed, lost, rescued = [], [], 0
-    for seed in range(moments):
+    for seed in range(10 * moments):
+        if seed >= moments and lost:
+            break
         child = start(folder, model.path, seed)
         assert child.stdout is not None
         line = child.stdout.readline()
@@ -505,11 +507,14 @@ terminal.piped(session, iter(lambda: "abc abc", None), sys.stdout, None)
 def kill_a_chat(model: Model, folder: Path, moments: int) -> tuple[int, int, int]:
     """Whatever a killed chat has printed is in its session, to the last character.
 
-    Answers printed in all, those that a kill cut, and the most characters that were kept unseen.
+    At so many moments, and more until one of them cuts an answer. Answers printed in all, those
+    that a kill cut, and the most characters that were kept unseen.
     """
     model.ends[::50] = 1  # as in the child
     chance, unseen, whole, cut = random.Random(moments), [], 0, 0
-    for moment in range(moments):
+    for moment in range(10 * moments):
+        if moment >= moments and cut:
+            break
         name, guesses = f"chat {moment}", str(moment % 3)
         child = subprocess.Popen(
             [sys.executable, "-c", CHAT, str(folder), str(model.path), name, guesses],
