@@ -21,6 +21,7 @@ import math
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,17 +72,17 @@ class Runner:
         self._read(self._tokens[:depth])
         self._start = self._state.snapshot()
         most = min(prompt, model.batch)
-        self.prefill_profile = Profile(model.programs["prefill"], model.threads, most)
-        self.decode_profile = Profile(model.programs["decode"], model.threads)
+        programs, threads = model.programs, model.threads
+        self.prefill_profile = Profile(programs["prefill"], threads, most, prompt)
+        self.decode_profile = Profile(programs["decode"], threads, 1, generate)
 
     def prefill(self, profiled: bool = False) -> float:
         """Seconds to read the prompt, from the fixed point."""
         self._state.restore(self._start)
         prompt = self._tokens[-self._prompt :]
-        if profiled:
-            self.prefill_profile.tokens += len(prompt)
-        started = time.perf_counter()
-        last = self._read(prompt, self.prefill_profile.times if profiled else None)
+        with self.prefill_profile.run() if profiled else nullcontext() as times:
+            started = time.perf_counter()
+            last = self._read(prompt, times)
         self._step[[layout.COUNT, layout.FIRST]] = 1, last
         self._model.run(self._model.programs["head"], self._step)
         return time.perf_counter() - started
@@ -91,12 +92,10 @@ class Runner:
         step = self._step
         step[[layout.TOKENS, layout.HISTORY_LENGTH]] = self._first.ctypes.data, 1
         step[layout.STEPS_LEFT] = self._generate
-        if profiled:
-            self.decode_profile.tokens += self._generate
-        profile = self.decode_profile.times if profiled else None
-        started = time.perf_counter()
-        self._model.decode(self._state, step, self._model.threads, profile=profile)
-        return time.perf_counter() - started
+        with self.decode_profile.run() if profiled else nullcontext() as times:
+            started = time.perf_counter()
+            self._model.decode(self._state, step, self._model.threads, profile=times)
+            return time.perf_counter() - started
 
     @property
     def prompt(self) -> list[int]:

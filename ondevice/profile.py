@@ -1,8 +1,9 @@
 """Where the time of a program goes, per kind of operation.
 
 While a program runs, each thread notes for every operation the nanoseconds that it worked on it and
-those that it waited before it got a task of it (kernels/team.py). With t threads, in seconds of a
-token:
+those that it waited before it got a task of it (kernels/team.py). Of several runs the one that took
+the median time is told of: where others use the machine too, one thread waits for another now and
+then, which says nothing about the program. With t threads, in seconds of a token:
 
     work      thread time in the operation's tasks / t
     wait      thread time without a task before one of this operation's / t
@@ -14,6 +15,8 @@ so serial and barrier together are the part of a step in which more threads do n
 a chain are those of all its operations; its name lists them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +32,7 @@ EXPERTS = ("expert gate_up", "expert down")
 
 @dataclass
 class Kind:
-    """All operations of one name; seconds are those of all runs together."""
+    """All operations of one name; seconds are those of a run."""
 
     name: str
     serial: bool
@@ -40,18 +43,30 @@ class Kind:
 
 @dataclass
 class Profile:
-    """Of runs of `operations` on `threads` threads with `count` tokens at a time."""
+    """Of runs of `operations` on `threads` threads, each `tokens`, `count` at a time."""
 
     operations: Operations
     threads: int
-    count: int = 1
-    tokens: int = 0
-    """How many tokens the runs were for; the caller counts."""
-    times: Array = field(init=False)
-    """(threads, operations, 2) int64 nanoseconds, for the team to add to."""
+    count: int
+    tokens: int
+    runs: list[Array] = field(default_factory=list, init=False)
+    """(threads, operations, 2) int64 nanoseconds of each run."""
 
-    def __post_init__(self) -> None:
-        self.times = np.zeros((self.threads, len(self.operations.labels), 2), np.int64)
+    @contextmanager
+    def run(self) -> Iterator[Array]:
+        """What a run's times are to be added to."""
+        times = self._nothing()
+        yield times
+        self.runs.append(times)
+
+    @property
+    def times(self) -> Array:
+        """Of the run that took the median time, the shorter one of two."""
+        ordered = sorted(self.runs, key=lambda times: int(times.sum()))
+        return ordered[(len(ordered) - 1) // 2] if ordered else self._nothing()
+
+    def _nothing(self) -> Array:
+        return np.zeros((self.threads, len(self.operations.labels), 2), np.int64)
 
     def kinds(self) -> list[Kind]:
         """Every kind of operation, those that take longest first."""
@@ -72,7 +87,7 @@ class Profile:
     def summary(self) -> dict[str, object]:
         """Per token, ready for JSON: the step, its serial and barrier parts, and every kind."""
         kinds = self.kinds()
-        each = 1 / max(1, self.tokens)
+        each = 1 / self.tokens
         step = sum(kind.work + kind.wait for kind in kinds) or 1.0
         wait = sum(kind.wait for kind in kinds)
         others = self.threads - 1

@@ -42,11 +42,12 @@ STEP = operations(
 
 
 def test_times_are_added_up_by_kind() -> None:
-    profile = Profile(STEP, threads=2, tokens=10)
-    profile.times[0, :, 0] = np.array([40, 0, 200, 0, 100, 20, 0]) * MS
-    profile.times[1, :, 0] = np.array([0, 0, 0, 180, 140, 0, 0]) * MS
-    profile.times[0, :, 1] = np.array([0, 0, 0, 0, 2, 0, 0]) * MS
-    profile.times[1, :, 1] = np.array([0, 0, 0, 40, 20, 8, 0]) * MS
+    profile = Profile(STEP, threads=2, count=1, tokens=10)
+    with profile.run() as times:
+        times[0, :, 0] = np.array([40, 0, 200, 0, 100, 20, 0]) * MS
+        times[1, :, 0] = np.array([0, 0, 0, 180, 140, 0, 0]) * MS
+        times[0, :, 1] = np.array([0, 0, 0, 0, 2, 0, 0]) * MS
+        times[1, :, 1] = np.array([0, 0, 0, 40, 20, 8, 0]) * MS
     found = {kind.name: kind for kind in profile.kinds()}
     assert list(found) == ["expert down", "linear: k", "linear: q", "norm + pack"]
     chain = found["norm + pack"]
@@ -73,11 +74,25 @@ def test_times_are_added_up_by_kind() -> None:
 
 
 def test_one_task_is_serial_only_for_one_token_and_several_threads() -> None:
-    batch = Profile(STEP, threads=2, count=5)
+    batch = Profile(STEP, threads=2, count=5, tokens=5)
+    with batch.run():
+        pass
     assert not any(kind.serial for kind in batch.kinds())
-    alone = Profile(STEP, threads=1, tokens=1)
-    alone.times[0, :, 0] = MS
+    alone = Profile(STEP, threads=1, count=1, tokens=1)
+    with alone.run() as times:
+        times[0, :, 0] = MS
     assert alone.summary()["serial_fraction"] == 0
+
+
+def test_the_median_run_is_told_of() -> None:
+    profile = Profile(STEP, threads=2, count=1, tokens=1)
+    for spent in (30, 10, 90, 20):
+        with profile.run() as times:
+            times[:, 2, 0] = spent * MS
+    assert profile.seconds() == pytest.approx(0.02)
+    with profile.run() as times:
+        times[:, 2, 1] = 100 * MS
+    assert profile.seconds() == pytest.approx(0.03)
 
 
 def test_a_models_profile_is_the_time_that_passes(demo: Model) -> None:
