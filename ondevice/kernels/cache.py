@@ -80,7 +80,7 @@ def numbers_of(rows, width):
 
 @inner
 def is_shared(mask):
-    """Whether several sets meet a tile, see `score`."""
+    """Whether SHARED sets or more meet a tile; `mask` as for `score`."""
     return mask + 1 >= SHARED
 
 
@@ -167,7 +167,7 @@ def take_queries(kind, rows, width, x, size, used):
 
 
 def key_products(kind, width, tile, group):
-    """What `score` takes of two groups of keys if several sets meet them: two i32x16."""
+    """What `score` takes of two groups of keys if they are shared: two i32x16."""
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -197,7 +197,7 @@ def store_shares(kind, row, inverse, mask):
 
 
 def value_products(kind, width, tile, c):
-    """What `add_values` takes of a whole tile if several sets meet it: two i32x16."""
+    """What `add_values` takes of a whole tile if it is shared: two i32x16."""
     raise NotImplementedError("only inside compiled kernels")
 
 

@@ -169,17 +169,28 @@ def products_of_two(x, y, steps):
     return low, high
 
 
-@KEY_PRODUCTS.register(I16)
 def key_products(kind, width, tile, group):
     keys = tile + 2 * GROUP * width * group
-    if SUMS_FIRST:
-        return products_of_two(keys, keys + 2 * GROUP * width, width // 2)
-    return zero(i32x16), zero(i32x16)
+    return products_of_two(keys, keys + 2 * GROUP * width, width // 2)
+
+
+def value_products(kind, width, tile, c):
+    values = values_of(tile, width) + 2 * TILE * c
+    return products_of_two(values, values + 32 * TILE, TILE // 2)
+
+
+if SUMS_FIRST:
+    KEY_PRODUCTS.register(I16)(key_products)
+    VALUE_PRODUCTS.register(I16)(value_products)
 
 
 @inner
-def add_pairs(dots, low, high, steps, rows, stride, later, mask):
-    """`pair_rows` of two runs of vectors; memory is asked for as for `score`."""
+def add_pairs(begun, products, low, high, steps, rows, stride, later, mask):
+    """`pair_rows` of two runs of vectors, whose own products are given; `begun`: of the rows' own.
+
+    Memory is asked for as for `score`.
+    """
+    dots = begin_pairs(begun, stride, products[0]), begin_pairs(begun, stride, products[1])
     for step in range(0, steps, 2):
         x, y = low + 64 * step, high + 64 * step
         if step & (mask // 2) == 0:
@@ -218,12 +229,9 @@ def score(kind, rows, width, tile, group, both, products, later, mask):
     query_scales, stride, steps = rows + 2 * width, 4 * width, width // 2
     if both:
         if SUMS_FIRST and is_shared(mask):
-            begun = query_scales + 4
-            dots = (
-                begin_pairs(begun, stride, products[0]),
-                begin_pairs(begun, stride, products[1]),
+            (low, high), later = add_pairs(
+                query_scales + 4, products, keys, other, steps, rows, stride, later, mask
             )
-            (low, high), later = add_pairs(dots, keys, other, steps, rows, stride, later, mask)
         else:
             low, high = zero_dots(), zero_dots()
             low, high, later = add_words(low, high, keys, other, steps, rows, stride, later, mask)
@@ -261,14 +269,6 @@ def store_shares(kind, row, inverse, mask):
         store_i32(row + 2 * TILE, own_products(row, TILE))
 
 
-@VALUE_PRODUCTS.register(I16)
-def value_products(kind, width, tile, c):
-    values = values_of(tile, width) + 2 * TILE * c
-    if SUMS_FIRST:
-        return products_of_two(values, values + 32 * TILE, TILE // 2)
-    return zero(i32x16), zero(i32x16)
-
-
 @ADD_VALUES.register(I16)
 def add_values(kind, rows, width, c, count, tile, products, later, mask):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
@@ -277,13 +277,10 @@ def add_values(kind, rows, width, c, count, tile, products, later, mask):
     values = values_of(tile, width) + 2 * TILE * c
     other, stride = values + 32 * TILE, 4 * TILE
     if SUMS_FIRST and is_shared(mask) and count == TILE:
-        begun = codes + 2 * TILE
-        dots = (
-            begin_pairs(begun, stride, products[0]),
-            begin_pairs(begun, stride, products[1]),
+        begun, steps = codes + 2 * TILE, TILE // 2
+        (low, high), later = add_pairs(
+            begun, products, values, other, steps, codes, stride, later, mask
         )
-        steps = TILE // 2
-        (low, high), later = add_pairs(dots, values, other, steps, codes, stride, later, mask)
     else:
         low, high, steps = zero_dots(), zero_dots(), (count + 1) // 2
         low, high, later = add_words(low, high, values, other, steps, codes, stride, later, mask)

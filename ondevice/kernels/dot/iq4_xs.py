@@ -9,7 +9,13 @@ Block layout: quant/iq4_xs.py.
 
 import numpy as np
 
-from ondevice.kernels.dot.superblock import SUPERBLOCK, d_of_header, scales_at, sums_of_32_at
+from ondevice.kernels.dot.superblock import (
+    SUPERBLOCK,
+    add_panel,
+    d_of_header,
+    scales_at,
+    sums_of_32_at,
+)
 from ondevice.kernels.dot.tile import (
     SCALES,
     D,
@@ -30,15 +36,13 @@ from ondevice.kernels.dot.tile import (
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import quad_dot_bytes, wide_dot_bytes, wide_dots_32
 from ondevice.kernels.shuffles import half_words, lane_shuffle, load_quad
-from ondevice.kernels.simd import bitcast, f32x16, i32x16, load, store, u8x64, u32x16
+from ondevice.kernels.simd import bitcast, i32x16, load, store, u8x64, u32x16
 from ondevice.kernels.sums import add_dots, add_scaled, dots_scale, fold_quads
 from ondevice.kernels.tiles import (
     BIASED,
     IN_ONE,
     STEPS_FULL,
-    load_floats,
     spread_words,
-    store_floats,
     zero_dots,
     zero_floats,
     zero_sums,
@@ -122,9 +126,7 @@ def multiply_panel_iq4_xs(layout, tile, panel, rows, columns, start, size, total
                 piece = load(u8x64, panel + 64 * k)
                 dots = wide_dot_bytes(dots, piece, rows, start + 4 * k)
             sums = add_dots(sums, dots, load(i32x16, panel + SCALES + 64 * j))
-    total = load_floats(tile, totals)
-    d = load(f32x16, panel + D)
-    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
+    add_panel(tile, sums, panel, rows, columns, start, totals)
 
 
 @row_kernel

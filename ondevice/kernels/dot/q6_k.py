@@ -12,6 +12,7 @@ import numpy as np
 
 from ondevice.kernels.dot.superblock import (
     SUPERBLOCK,
+    add_panel,
     moved,
     scales_at,
     signed_words,
@@ -59,7 +60,7 @@ from ondevice.kernels.shuffles import (
     quarters_lowered,
     unmerged,
 )
-from ondevice.kernels.simd import bitcast, f32x16, i16x32, i32x16, load, store, u8x64
+from ondevice.kernels.simd import bitcast, i16x32, i32x16, load, store, u8x64
 from ondevice.kernels.sums import (
     add_dots,
     add_multiple,
@@ -75,8 +76,6 @@ from ondevice.kernels.tiles import (
     BY_FOURS,
     IN_ONE,
     STEPS_6,
-    load_floats,
-    store_floats,
     zero_dots,
     zero_floats,
     zero_fours,
@@ -237,9 +236,7 @@ def multiply_panel_q6_k(layout, tile, panel, rows, columns, start, size, totals,
         pairs = load(i16x32, panel + PAIRS + 64 * j)
         surplus = wide_dot_words(surplus, pairs, rows, at + 4 * j)
     sums = add_multiple(sums, surplus, -32)
-    total = load_floats(tile, totals)
-    d = load(f32x16, panel + D)
-    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
+    add_panel(tile, sums, panel, rows, columns, start, totals)
 
 
 @row_kernel

@@ -1,4 +1,4 @@
-"""What the formats of 256 weights share: where in a token's record its numbers are.
+"""What the formats of 256 weights share: where in a token's record its numbers are, panels' ends.
 
 After its int8 codes a record (kernels/activation.py) has the scales of its superblocks, f32, then
 their sums of 16 codes, then those of 32, int16.
@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ondevice.kernels.dot.tile import D
 from ondevice.kernels.shuffles import byte_shuffle, half_in_each
-from ondevice.kernels.simd import bitcast, i16x32
+from ondevice.kernels.simd import bitcast, f32x16, i16x32, load
+from ondevice.kernels.sums import add_scaled
+from ondevice.kernels.tiles import load_floats, store_floats
 from quant.jit import inner
 
 SUPERBLOCK = 256
@@ -46,3 +49,11 @@ def sums_of_16_at(columns):
 @inner
 def sums_of_32_at(columns):
     return columns + columns // SUPERBLOCK * 36
+
+
+@inner
+def add_panel(tile, sums, panel, rows, columns, start, totals):
+    """The tokens' totals + the scaled sums of a panel."""
+    total = load_floats(tile, totals)
+    d = load(f32x16, panel + D)
+    store_floats(totals, add_scaled(total, sums, d, rows, scales_at(columns) + start // 64))
