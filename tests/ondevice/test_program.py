@@ -18,7 +18,6 @@ from ondevice.program import (
     LINE,
     MOST_PANELS,
     OWN_PAGES,
-    PARTS_PER_THREAD,
     SHARES_PER_THREAD,
     WIDE_SHARES_PER_THREAD,
     Program,
@@ -144,8 +143,9 @@ def test_runs_become_shorter(rows: int, row_bytes: int, threads: int, unit: int)
     lengths = lengths_of_runs(rows, row_bytes, threads, 1, unit)
     assert lengths == sorted(lengths, reverse=True)
     least = unit or FEWEST_PANELS * ROWS
-    parts = threads * (PARTS_PER_THREAD if threads > 2 else 1)
+    parts = Program(1, threads).parts
     assert lengths[0] <= max(rows / parts + least, least)
+    assert parts > threads or threads == 1
 
 
 def test_short_rows_have_longer_runs() -> None:
