@@ -131,13 +131,15 @@ def run_record(operation: Array, threads: int = 2, scratch: int = 0, **words: An
     """Run one operation record on a team; returns the step record."""
     own = Rows(threads, scratch, np.uint8)
     step = step_record(scratch=own.address, scratch_bytes=own.row_bytes, **{"count": 1, **words})
-    team = Team(threads)
-    try:
-        team.run(operation[None], step)
-    finally:
-        team.close()
+    team_of(threads).run(operation[None], step)
     own.check()
     return step
+
+
+@functools.cache
+def team_of(threads: int) -> Team:
+    """The team of so many threads, the same for all tests: an emulator begins threads slowly."""
+    return Team(threads)
 
 
 def peaks_of(logits: Array, piece: int) -> Array:
