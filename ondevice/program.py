@@ -54,12 +54,11 @@ WIDE_SHARES_PER_THREAD = 2
 """As many where a task reads many short streams, or what other threads have made: what lies at the
 edge of another thread's share takes long to come."""
 PARTS_PER_THREAD = 4
-"""A run of rows is one of so many parts for each thread of what is left: some may be slow."""
-PARTS_OF_TWO = 2.5
-"""As many for two threads: neither should be slow, and each new run costs them a microsecond. But
-with two parts, whoever takes the first one would often be the last to end."""
-SHORTEST_RUN = 128 << 10
-"""Bytes below which a run is hardly begun when it ends, if the threads have enough of them."""
+"""A run of rows is one of so many parts for each thread of what is left: some may be slow. Of two
+threads neither should be, and each new run costs them a microsecond."""
+SHORTEST_RUN, LONGEST_RUN = 128 << 10, 16 << 20
+"""Bytes below which a run is hardly begun when it ends, if the threads have enough of them; and
+above which a thread that is one percent slower than another keeps it waiting for long."""
 
 
 def zeros(nbytes: int) -> Array:
@@ -477,26 +476,19 @@ class Program:
     def split(self, matrix: Matrix, touched: int = 1, unit: int = 0) -> Split:
         """How a matrix, or each of so many, falls into tasks; all but the last of whole units."""
         rows = matrix.rows
-        parts = self.parts
+        parts = self.threads * (PARTS_PER_THREAD if self.threads > 2 else 1)
         chunk = unit or self.rows_per_task(rows, touched)
         unit = unit or ROWS
-        least = max(FEWEST_PANELS * ROWS, min(SHORTEST_RUN // matrix.row_bytes, int(rows / parts)))
+        least = max(FEWEST_PANELS * ROWS, min(SHORTEST_RUN // matrix.row_bytes, rows // parts))
+        most = LONGEST_RUN // matrix.row_bytes
         starts = [0]
         while starts[-1] < rows:
-            wanted = (rows - starts[-1]) / parts
-            if touched > 1:  # all tasks are alike
-                wanted = rows / math.ceil(parts / touched)
-            run = -(-max(least, int(wanted)) // unit) * unit
+            # of several matrices all tasks are alike
+            wanted = rows // -(-parts // touched) if touched > 1 else (rows - starts[-1]) // parts
+            run = -(-max(least, min(most, wanted)) // unit) * unit
             starts.append(min(rows, starts[-1] + run))
         runs = self.keep(np.array([len(starts) - 1, *starts], np.int32))
         return Split(chunk, -(-rows // chunk), runs, len(starts) - 1)
-
-    @property
-    def parts(self) -> float:
-        """How many parts of what is left of a matrix a run of rows is one of."""
-        if self.threads == 2:
-            return PARTS_OF_TWO
-        return self.threads * PARTS_PER_THREAD if self.threads > 2 else 1
 
     def rows_per_task(self, rows: int, matrices: int) -> int:
         """Rows of a task: enough tasks to keep the threads evenly busy.

@@ -16,8 +16,10 @@ from ondevice.program import (
     FEWEST_PANELS,
     HUGE_PAGES,
     LINE,
+    LONGEST_RUN,
     MOST_PANELS,
     OWN_PAGES,
+    PARTS_PER_THREAD,
     SHARES_PER_THREAD,
     WIDE_SHARES_PER_THREAD,
     Program,
@@ -143,9 +145,11 @@ def test_runs_become_shorter(rows: int, row_bytes: int, threads: int, unit: int)
     lengths = lengths_of_runs(rows, row_bytes, threads, 1, unit)
     assert lengths == sorted(lengths, reverse=True)
     least = unit or FEWEST_PANELS * ROWS
-    parts = Program(1, threads).parts
+    parts = threads * (PARTS_PER_THREAD if threads > 2 else 1)
     assert lengths[0] <= max(rows / parts + least, least)
-    assert parts > threads or threads == 1
+    assert (
+        lengths[0] * row_bytes <= max(LONGEST_RUN, least * row_bytes) + max(unit, ROWS) * row_bytes
+    )
 
 
 def test_short_rows_have_longer_runs() -> None:
