@@ -191,8 +191,8 @@ def share_scale(kind, greatest, total):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def store_shares(kind, row, inverse, mask):
-    """Shares of a row to whole numbers, by the inverse of their scale; `mask` as for `score`."""
+def store_shares(kind, row, inverse):
+    """Shares of a row to whole numbers, by the inverse of their scale."""
     raise NotImplementedError("only inside compiled kernels")
 
 
@@ -276,7 +276,7 @@ def share_out(kind, rows, width, count, tile, scale, later, mask):
     store(worth, one + (total + weight) * np.float32(0))
     store(parts, splat(f32x16, np.float32(1)) / maximum(one, splat(f32x16, LEAST)))
     for r in range(ROWS):
-        store_shares(kind, shares + 4 * TILE * r, load_f32(parts + 4 * r), mask)
+        store_shares(kind, shares + 4 * TILE * r, load_f32(parts + 4 * r))
     return later
 
 

@@ -11,8 +11,8 @@ is its length / LENGTH, or more where a single code would not fit. A sum of shar
 at most the sum of the shares' codes times the greatest value's code: values have codes up to
 VALUES, and shares add up to SHARES.
 
-Where that is faster, several sets take products of sums (`rows.pair_rows`), the same integers;
-codes leave room for the sum of two.
+Where that is faster, products are made of sums (`rows.pair_rows`), the same integers; codes leave
+room for the sum of two.
 
 Rounding moves a key by about 1e-4 of its length, as rounding to half floats does; but products of
 16-bit integers are twice as many per instruction as those of floats.
@@ -208,7 +208,7 @@ def add_pairs(begun, products, low, high, steps, rows, item, stride, later, mask
 
 
 @inner
-def add_lone_pairs(begun, low, high, steps, rows, item, stride, later, mask):
+def add_few_pairs(begun, low, high, steps, rows, item, stride, later, mask):
     """`add_pairs` where few sets meet the vectors: own products are made anew for each of them."""
     nothing = zero(i32x16)
     dots = begin_pairs(begun, stride, nothing), begin_pairs(begun, stride, nothing)
@@ -265,7 +265,7 @@ def score(kind, rows, width, tile, group, both, products, later, mask):
                 numbers + 4 * ROWS, products, keys, other, steps, rows, item, stride, later, mask
             )
         elif SUMS_FIRST:
-            (low, high), later = add_lone_pairs(
+            (low, high), later = add_few_pairs(
                 numbers + 4 * ROWS, keys, other, steps, rows, item, stride, later, mask
             )
         else:
@@ -299,7 +299,7 @@ def share_scale(kind, greatest, total):
 
 
 @STORE_SHARES.register(I16)
-def store_shares(kind, row, inverse, mask):
+def store_shares(kind, row, inverse):
     """Codes i16 x TILE | what `begin_pairs` takes i32."""
     for p in range(0, TILE, 16):
         store_words(row + 2 * p, codes_of(row, p, TILE, inverse))
@@ -321,7 +321,7 @@ def add_values(kind, rows, width, c, count, tile, products, later, mask):
                 begun, products, values, other, steps, codes, 4, stride, later, mask
             )
         else:
-            (low, high), later = add_lone_pairs(
+            (low, high), later = add_few_pairs(
                 begun, values, other, steps, codes, 4, stride, later, mask
             )
     else:

@@ -152,7 +152,7 @@ def share_scale(kind, greatest, total):
 
 
 @STORE_SHARES.register(Q8_0)
-def store_shares(kind, row, inverse, mask):
+def store_shares(kind, row, inverse):
     for p in range(0, TILE, 16):
         store_bytes(row + p, codes_of(row, p, TILE, inverse))
 
