@@ -69,7 +69,6 @@ from ondevice.kernels.simd import (
     i32x16,
     load,
     load_f32,
-    load_i32,
     prefetch,
     prefetch_near,
     store_f32,
@@ -139,20 +138,17 @@ def keep_token(kind, tile, place, width, size, key, value):
 
 @TAKE_QUERIES.register(I16)
 def take_queries(kind, rows, width, x, size, used):
-    """Codes i16 (width / 2, ROWS, 2) | scales f32 (ROWS) | what `begin_pairs` takes i32 (ROWS)."""
-    numbers, room = rows + 2 * ROWS * width, rows + 4 * ROWS * width
+    """Per row: codes i16 x width | scale f32 | what `begin_pairs` takes i32."""
     for r in range(ROWS):
-        source = x + 8 * r * size
+        source, target = x + 8 * r * size, rows + 4 * r * width
         have = size if r < used else 0
         scale = vector_scale(source, have)
         inverse = inverse_of(scale)
         for c in range(0, width, 16):
-            store_words(room + 2 * c, codes_of(source, c, have, inverse))
-        for pair in range(width // 2):
-            store_i32(rows + 4 * (ROWS * pair + r), load_i32(room + 4 * pair))
-        store_f32(numbers + 4 * r, scale)
+            store_words(target + 2 * c, codes_of(source, c, have, inverse))
+        store_f32(target + 2 * width, scale)
         if SUMS_FIRST:
-            store_i32(numbers + 4 * (ROWS + r), own_products(room, width))
+            store_i32(target + 2 * width + 4, own_products(target, width))
 
 
 @inner
@@ -190,7 +186,22 @@ if SUMS_FIRST:
 
 
 @inner
-def add_pairs(begun, products, low, high, steps, rows, item, stride, later, mask):
+def ask(later, low, high, step, mask):
+    """Ask for memory at a step of `low` and `high`, as for `score`; where to go on."""
+    if mask == 0:
+        prefetch(later)
+        prefetch(later + 64)
+        prefetch_near(low + 64 * step + NEAR)
+        prefetch_near(high + 64 * step + NEAR)
+        return later + 128
+    if step & (mask // 2) == 0:
+        prefetch(later)
+        return later + 64
+    return later
+
+
+@inner
+def add_pairs(begun, products, low, high, steps, rows, stride, later, mask):
     """`pair_rows` of two runs of vectors, whose own products are given; `begun`: of the rows' own.
 
     Memory is asked for as for `score`.
@@ -198,58 +209,48 @@ def add_pairs(begun, products, low, high, steps, rows, item, stride, later, mask
     dots = begin_pairs(begun, stride, products[0]), begin_pairs(begun, stride, products[1])
     for step in range(0, steps, 2):
         x, y = low + 64 * step, high + 64 * step
-        if step & (mask // 2) == 0:
-            prefetch(later)
-            later += 64
+        later = ask(later, low, high, step, mask)  # at odd steps many sets ask for nothing
         lanes = load(i16x32, x), load(i16x32, x + 64)
         others = load(i16x32, y), load(i16x32, y + 64)
-        dots = pair_rows(dots, lanes, others, rows + item * step, item, stride)
+        dots = pair_rows(dots, lanes, others, rows + 4 * step, stride)
     return dots, later
 
 
 @inner
-def add_few_pairs(begun, low, high, steps, rows, item, stride, later, mask):
+def add_few_pairs(begun, low, high, steps, rows, stride, later, mask):
     """`add_pairs` where few sets meet the vectors: own products are made anew for each of them."""
     nothing = zero(i32x16)
     dots = begin_pairs(begun, stride, nothing), begin_pairs(begun, stride, nothing)
     own_low, own_high = nothing, nothing
     for step in range(0, steps, 2):
         x, y = low + 64 * step, high + 64 * step
-        prefetch(later)
-        prefetch(later + 64)
-        later += 128
-        if mask == 0:
-            prefetch(later)
-            prefetch(later + 64)
-            later += 128
-            prefetch_near(x + NEAR)
-            prefetch_near(x + NEAR + 64)
-            prefetch_near(y + NEAR)
-            prefetch_near(y + NEAR + 64)
+        later = ask(later, low, high, step, mask)
+        later = ask(later, low, high, step + 1, mask)
         lanes = load(i16x32, x), load(i16x32, x + 64)
         others = load(i16x32, y), load(i16x32, y + 64)
         own_low = add_word_products(own_low, lanes[0], lanes[1])
         own_high = add_word_products(own_high, others[0], others[1])
-        dots = pair_rows(dots, lanes, others, rows + item * step, item, stride)
+        dots = pair_rows(dots, lanes, others, rows + 4 * step, stride)
     return (subtract_lanes(dots[0], own_low), subtract_lanes(dots[1], own_high)), later
 
 
 @inner
-def add_words(low_dots, high_dots, low, high, steps, rows, item, stride, later, mask):
+def add_sums(begun, products, low, high, steps, rows, stride, later, mask):
+    """`pair_rows` of two runs of vectors; `products` are their own, if they are shared."""
+    if is_shared(mask):
+        return add_pairs(begun, products, low, high, steps, rows, stride, later, mask)
+    return add_few_pairs(begun, low, high, steps, rows, stride, later, mask)
+
+
+@inner
+def add_words(low_dots, high_dots, low, high, steps, rows, stride, later, mask):
     """`word_rows` of two runs of vectors; memory is asked for as for `score`."""
     for step in range(steps):
-        at, pair = 64 * step, rows + item * step
-        if mask == 0:
-            prefetch(later)
-            prefetch(later + 64)
-            later += 128
-            prefetch_near(low + at + NEAR)
-            prefetch_near(high + at + NEAR)
-        elif step & (mask // 2) == 0:
-            prefetch(later)
-            later += 64
+        at, pair = 64 * step, rows + 4 * step
+        later = ask(later, low, high, step, mask)
         low_dots = word_rows(low_dots, load(i16x32, low + at), pair, stride)
         high_dots = word_rows(high_dots, load(i16x32, high + at), pair, stride)
+    # not as a pair: with AVX2 LLVM would then keep them in memory, and take three times as long
     return low_dots, high_dots, later
 
 
@@ -258,33 +259,27 @@ def score(kind, rows, width, tile, group, both, products, later, mask):
     keys, scales = tile + 2 * GROUP * width * group, key_scales_of(tile, width) + 4 * GROUP * group
     other = keys + 2 * GROUP * width
     target = rows + 4 * (3 * ROWS * width + GROUP * group)
-    numbers, item, stride, steps = rows + 2 * ROWS * width, 4 * ROWS, 4, width // 2
+    query_scales, stride, steps = rows + 2 * width, 4 * width, width // 2
     if both:
-        if SUMS_FIRST and is_shared(mask):
-            (low, high), later = add_pairs(
-                numbers + 4 * ROWS, products, keys, other, steps, rows, item, stride, later, mask
-            )
-        elif SUMS_FIRST:
-            (low, high), later = add_few_pairs(
-                numbers + 4 * ROWS, keys, other, steps, rows, item, stride, later, mask
+        if SUMS_FIRST:
+            (low, high), later = add_sums(
+                query_scales + 4, products, keys, other, steps, rows, stride, later, mask
             )
         else:
             low, high = zero_dots(), zero_dots()
-            low, high, later = add_words(
-                low, high, keys, other, steps, rows, item, stride, later, mask
-            )
+            low, high, later = add_words(low, high, keys, other, steps, rows, stride, later, mask)
         scale = load(f32x16, scales + 4 * GROUP)
         store_rows(
             target + 4 * GROUP,
             4 * TILE,
-            fma_scaled_dots(zero_rows(), high, scale, numbers, stride),
+            fma_scaled_dots(zero_rows(), high, scale, query_scales, stride),
         )
     else:
         low = zero_dots()
         for step in range(steps):
-            low = word_rows(low, load(i16x32, keys + 64 * step), rows + item * step, stride)
+            low = word_rows(low, load(i16x32, keys + 64 * step), rows + 4 * step, stride)
     scale = load(f32x16, scales)
-    store_rows(target, 4 * TILE, fma_scaled_dots(zero_rows(), low, scale, numbers, stride))
+    store_rows(target, 4 * TILE, fma_scaled_dots(zero_rows(), low, scale, query_scales, stride))
     return later
 
 
@@ -316,17 +311,12 @@ def add_values(kind, rows, width, c, count, tile, products, later, mask):
     other, stride = values + 32 * TILE, 4 * TILE
     if SUMS_FIRST and count == TILE:
         begun, steps = codes + 2 * TILE, TILE // 2
-        if is_shared(mask):
-            (low, high), later = add_pairs(
-                begun, products, values, other, steps, codes, 4, stride, later, mask
-            )
-        else:
-            (low, high), later = add_few_pairs(
-                begun, values, other, steps, codes, 4, stride, later, mask
-            )
+        (low, high), later = add_sums(
+            begun, products, values, other, steps, codes, stride, later, mask
+        )
     else:
         low, high, steps = zero_dots(), zero_dots(), (count + 1) // 2
-        low, high, later = add_words(low, high, values, other, steps, codes, 4, stride, later, mask)
+        low, high, later = add_words(low, high, values, other, steps, codes, stride, later, mask)
     before = scale_rows(load_rows(outputs, 4 * width), factors, 4)
     store_rows(outputs, 4 * width, fma_dots(before, low, worth, 4))
     before = scale_rows(load_rows(outputs + 64, 4 * width), factors, 4)

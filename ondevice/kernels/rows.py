@@ -258,12 +258,9 @@ word_rows = _dots(_dot_words, i16x32)
 
 
 @intrinsic
-def pair_rows(
-    typing: Any, dots: Any, lanes: Any, others: Any, address: Any, item: Any, stride: Any
-) -> Any:
+def pair_rows(typing: Any, dots: Any, lanes: Any, others: Any, address: Any, stride: Any) -> Any:
     """Two dots of each row (from `begin_pairs`) + the products of x and y with the row's next two
-    dwords; `lanes` and `others` are x and y (i16x32), of one and of the other. A row's dwords are
-    `item` bytes apart, rows `stride`.
+    dwords; `lanes` and `others` are x and y (i16x32), of one and of the other.
     """
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -271,8 +268,8 @@ def pair_rows(
         pairs = [[builder.extract_value(arg, i) for i in (0, 1)] for arg in args[1:3]]
         # row by row, so that the registers hold what two rows take from memory, not all of them
         for row in range(ROWS):
-            at = _at(builder, args[3], args[5], row)
-            dwords = [load_from(builder, x, I32) for x in (at, builder.add(at, args[4]))]
+            at = _at(builder, args[3], args[4], row)
+            dwords = [load_from(builder, builder.add(at, constant(I64, i)), I32) for i in (0, 4)]
             a, b = (builder.bitcast(broadcast(builder, x, 16), llvm_type(i16x32)) for x in dwords)
             for i, (x, y) in enumerate(pairs):
                 operands = [
@@ -286,7 +283,7 @@ def pair_rows(
 
     two = types.UniTuple(DOTS_TYPE, 2)
     words = types.UniTuple(i16x32, 2)
-    return two(two, words, words, types.int64, types.int64, types.int64), lower
+    return two(two, words, words, types.int64, types.int64), lower
 
 
 @intrinsic
