@@ -74,10 +74,10 @@ context_option = click.option(
 kv_option = click.option(
     "--kv-type",
     "kv",
-    type=click.Choice(["i16", "q8_0"]),
-    default="i16",
+    type=click.Choice(["i12", "i16", "q8_0"]),
+    default="i12",
     show_default=True,
-    help="How keys and values are kept; q8_0 takes half the memory.",
+    help="How keys and values are kept: in 12 bits, 16 or 8.",
 )
 prompt_cache_option = click.option(
     "--prompt-cache/--no-prompt-cache",

@@ -89,7 +89,7 @@ def predict(
     memory: int,
     threads: int | None = None,
     context: int | None = None,
-    kv: str = "i16",
+    kv: str = "i12",
     progress: Callable[[int, int], None] | None = None,
     compiling: "Report | None" = None,
 ) -> dict[str, Any]:
@@ -183,9 +183,9 @@ def state_bytes(config: Config) -> int:
 
 
 def kv_bytes_per_token(config: Config) -> int:
-    """Bytes of keys and values, two a number, that each token of context adds, without scales."""
+    """Bytes of keys and values, 12 bits a number, that each token adds, without scales."""
     attention = config.layers - sum(config.recurrent)
-    return 2 * attention * 2 * config.kv_heads * config.head_dim
+    return 3 * attention * config.kv_heads * config.head_dim
 
 
 def table(description: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         memory: int | None = None,
-        kv: str = "i16",
+        kv: str = "i12",
         progress: Report | None = None,
         prompt_cache: bool = False,
         mtp: str = "auto",

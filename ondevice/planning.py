@@ -46,7 +46,7 @@ class Options:
     threads: int | None = None
     context: int | None = None
     memory: int | None = None
-    kv: str = "i16"
+    kv: str = "i12"
     mtp: str = "auto"
 
 

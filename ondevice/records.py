@@ -27,7 +27,7 @@ from quant.errors import Error, ResourceError
 from quant.format import Array
 
 MAGIC = b"ONDEVSES"
-VERSION = 4
+VERSION = 5
 """Changes with the format, and with what a state's bytes mean."""
 LARGEST = 1 << 28
 """Bytes of a record that is read as a whole."""

@@ -40,7 +40,7 @@ class Snapshot:
 class State:
     """A sequence's memory, with room for `context` tokens; kv: how keys and values are kept."""
 
-    def __init__(self, config: Config, context: int, kv: str = "i16") -> None:
+    def __init__(self, config: Config, context: int, kv: str = "i12") -> None:
         self.capacity = -(-context // TILE) * TILE
         try:
             self.memory = zeros(memory_bytes(config))
@@ -110,13 +110,13 @@ def memory_bytes(config: Config) -> int:
     return sum(config.recurrent) * deltanet.memory_bytes(config)
 
 
-def cache_bytes(config: Config, context: int, kv: str = "i16") -> int:
+def cache_bytes(config: Config, context: int, kv: str = "i12") -> int:
     """Bytes of all attention layers' keys and values."""
     layers = config.layers - sum(config.recurrent)
     return layers * CACHES[kv].bytes(config.kv_heads, config.head_dim, context)
 
 
-def tile_bytes(config: Config, kv: str = "i16") -> int:
+def tile_bytes(config: Config, kv: str = "i12") -> int:
     """Bytes of a tile of one layer and head."""
     return CACHES[kv].tile_bytes(None, head_width(config.head_dim))
 

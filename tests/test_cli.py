@@ -92,7 +92,7 @@ def test_options_of_the_machine_reach_load(model: FakeModel, run: Run) -> None:
     arguments = ("-t", "3", "-c", "77", "--memory", "1.5G", "--mtp", "off")
     run("generate", "m", "-p", "Hi", *arguments)
     machine = {"threads": 3, "context": 77, "memory": 3 << 29, "prompt_cache": True}
-    assert model.loaded == ("m", {**machine, "kv": "i16", "mtp": "off"})
+    assert model.loaded == ("m", {**machine, "kv": "i12", "mtp": "off"})
 
 
 @pytest.mark.parametrize(

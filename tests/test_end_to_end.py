@@ -123,7 +123,7 @@ def test_sessions_that_cannot_be_continued(run: Run) -> None:
         (("--session", "two"), "error: there is no session 'two'; there are: one\n"),
         (("--session", "a/b"), "error: the session's name is 'a/b'; it must not "),
         (("-c", "9"), "tokens and the context only 9; open the model with a larger one\n"),
-        (("--kv-type", "q8_0"), "made with kv type i16; the model is open with q8_0\n"),
+        (("--kv-type", "q8_0"), "made with kv type i12; the model is open with q8_0\n"),
     ):
         refused = run("chat", "--continue", *options, input="Hi\n")
         assert (refused.exit_code, refused.stdout) == (2, "")

@@ -4,9 +4,9 @@
                                               pairing i with i + rope / 2 (Su et al., 2021)
     o = softmax(q k' / sqrt(size)) v * sigmoid(gate)
 
-The cache is laid out as kernels/cache.py says, in 16 or 8 bits a number. The heads of a token that
-share a KV head are multiplied together, ROWS at a time; a prompt's tokens go over a tile in blocks
-of BLOCK.
+The cache is laid out as kernels/cache.py says, in 12, 16 or 8 bits a number. The heads of a token
+that share a KV head are multiplied together, ROWS at a time; a prompt's tokens go over a tile in
+blocks of BLOCK.
 
 A token with n positions to look at cuts them into at most PARTS chunks of the same length, a power
 of two that n alone determines. Each chunk has a running maximum and sum (Milakov and Gimelshein,
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ondevice.kernels import cache_i16, cache_q8_0
+from ondevice.kernels import cache_i12, cache_i16, cache_q8_0
 from ondevice.kernels.activation import exponential_2, quantize_columns, sigmoid
 from ondevice.kernels.arithmetic import fma, lane_maximum
 from ondevice.kernels.cache import (
@@ -38,9 +38,12 @@ from ondevice.kernels.cache import (
     keep_token,
     numbers_of,
     set_bytes,
+    spare_bytes,
     take_queries,
     tile_bytes,
+    width_of,
 )
+from ondevice.kernels.cache_i12 import I12
 from ondevice.kernels.cache_i16 import I16
 from ondevice.kernels.cache_q8_0 import Q8_0
 from ondevice.kernels.layout import (
@@ -77,8 +80,8 @@ def partial_bytes(heads: int, size: int) -> int:
 
 
 def scratch_bytes(heads: int, kv_heads: int, size: int) -> int:
-    """Scratch that `attend` needs: the sets of a block."""
-    return BLOCK * -(-(heads // kv_heads) // ROWS) * set_bytes(size)
+    """Scratch that `attend` needs: the sets of a block, and what a tile is spread out to."""
+    return BLOCK * -(-(heads // kv_heads) // ROWS) * set_bytes(size) + spare_bytes(size)
 
 
 @operation
@@ -142,7 +145,7 @@ def keep_inputs(kind, op, step, task):
     size, pairs, angles = argument(op, 8), argument(op, 9), argument(op, 10)
     q_norm, k_norm = argument(op, 11), argument(op, 12)
     epsilon = load_f32(op + WORD * (ARGUMENTS + 13))
-    width = (size + 31) // 32 * 32
+    width = width_of(size)
     t, head = task // (heads + kv_heads), task % (heads + kv_heads)
     if head < heads:
         x = q + t * q_bytes + 8 * size * head
@@ -195,12 +198,12 @@ def attend_block(kind, op, step, task, scratch):
     q, q_bytes, heads, kv_heads = argument(op, 0), argument(op, 1), argument(op, 2), argument(op, 3)
     size, out, out_bytes = argument(op, 4), argument(op, 5), argument(op, 6)
     partials = argument(op, 8)
-    layer, width = argument(op, 7), (size + 31) // 32 * 32
+    layer, width = argument(op, 7), width_of(size)
     scale = np.float32(1 / (math.log(2) * math.sqrt(size)))
     ratio, parts = heads // kv_heads, attend_parts(step)
     per_token = (ratio + ROWS - 1) // ROWS
     item = bytes_of_set(width)
-    sets = scratch
+    sets, spare = scratch, scratch + BLOCK * per_token * item
     few = word(step, COUNT) <= BLOCK
     # threads that take neighbouring blocks of a KV head read the same tiles at about the same time
     own = task % kv_heads if few else task // parts
@@ -225,7 +228,7 @@ def attend_block(kind, op, step, task, scratch):
             begin_chunk(sets + i * item, width)
         for at in range(start, end, TILE):
             tile = tile_at(kind, step, layer, kv_heads, own, at, width)
-            attend_tile(kind, sets, per_token, first, count, at, chunk, size, tile, scale)
+            attend_tile(kind, sets, spare, per_token, first, count, at, chunk, size, tile, scale)
         for t in range(count):
             positions = first + t + 1
             if chunk * chunk_length(positions) >= positions:
@@ -271,7 +274,7 @@ def attention_output(op, step, task, scratch):
     per_256, per_256_bytes = argument(op, 7), argument(op, 8)
     per_32, per_32_bytes = argument(op, 9), argument(op, 10)
     t, begin, end = heads_of_task(step, task, heads, argument(op, 11))
-    width, row = (size + 31) // 32 * 32, out + t * out_bytes
+    width, row = width_of(size), out + t * out_bytes
     positions = word(step, POSITION) + t + 1
     length = chunk_length(positions)
     for head in range(begin, end):
@@ -295,6 +298,11 @@ def attention_output(op, step, task, scratch):
 
 
 @operation
+def attention_inputs_i12(op, step, task, scratch):
+    keep_inputs(I12, op, step, task)
+
+
+@operation
 def attention_inputs_i16(op, step, task, scratch):
     keep_inputs(I16, op, step, task)
 
@@ -302,6 +310,11 @@ def attention_inputs_i16(op, step, task, scratch):
 @operation
 def attention_inputs_q8_0(op, step, task, scratch):
     keep_inputs(Q8_0, op, step, task)
+
+
+@operation
+def attend_i12(op, step, task, scratch):
+    attend_block(I12, op, step, task, scratch)
 
 
 @operation
@@ -328,6 +341,7 @@ class Cache:
 
 
 CACHES = {
+    "i12": Cache(attention_inputs_i12, attend_i12, cache_i12.tile_bytes),
     "i16": Cache(attention_inputs_i16, attend_i16, cache_i16.tile_bytes),
     "q8_0": Cache(attention_inputs_q8_0, attend_q8_0, cache_q8_0.tile_bytes),
 }

@@ -1,9 +1,9 @@
 """Keys and values of an attention layer, and how a token's heads go over a tile of them.
 
 The cache of a layer holds, per KV head, tiles of TILE positions, which begin at multiples of TILE.
-What a tile looks like is its kind's business (cache_i16, cache_q8_0); both have a position in each
-lane for scores and a dimension for outputs, so that nothing is folded. `width` is the size of a
-head rounded up to a multiple of 32.
+What a tile looks like is its kind's business (cache_i12, cache_i16, cache_q8_0); all have a
+position in each lane for scores and a dimension for outputs, so that nothing is folded. `width` is
+the size of a head rounded up to a multiple of 64.
 
 Numbers are kept as integers with scales, and multiplied as integers. Queries are quantized like
 keys; so are a tile's shares, each times its value's scale, by one scale for the tile. Sums of
@@ -59,12 +59,23 @@ LEAST = np.float32(1e-38)
 
 def head_width(size: int) -> int:
     """Dimensions of a cached head of `size`."""
-    return -(-size // 32) * 32
+    return -(-size // 64) * 64
 
 
 def set_bytes(size: int) -> int:
     """Bytes of a set."""
     return 4 * (ROWS * (3 * head_width(size) + TILE + 3 * 16) + 6 * 16)
+
+
+def spare_bytes(size: int) -> int:
+    """Bytes of what `spread` makes of a tile."""
+    return TILE * head_width(size)
+
+
+@inner
+def width_of(size):
+    """`head_width` inside compiled kernels."""
+    return (size + 63) // 64 * 64
 
 
 @inner
@@ -166,12 +177,17 @@ def take_queries(kind, rows, width, x, size, used):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def key_products(kind, width, tile, group):
+def spread(kind, tile, width, spare):
+    """Make of a shared tile what is not to be made for every set, at `spare`."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def key_products(kind, width, tile, group, spare):
     """What `score` takes of two groups of keys if they are shared: two i32x16."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-def score(kind, rows, width, tile, group, both, products, later, mask):
+def score(kind, rows, width, tile, group, both, spare, products, later, mask):
     """Products of ROWS queries with a group of 16 keys, or with two of them, to `shares`.
 
     Memory is asked for from `later` on. A set alone (mask 0) asks for as much as two groups take,
@@ -196,12 +212,12 @@ def store_shares(kind, row, inverse):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def value_products(kind, width, tile, c):
+def value_products(kind, width, tile, c, spare):
     """What `add_values` takes of a whole tile if it is shared: two i32x16."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-def add_values(kind, rows, width, c, count, tile, products, later, mask):
+def add_values(kind, rows, width, c, count, tile, spare, products, later, mask):
     """Outputs of dimensions c .. c + 31: times the factors, plus shares times values.
 
     `later`, `mask` and what is returned are as for `score`.
@@ -209,7 +225,11 @@ def add_values(kind, rows, width, c, count, tile, products, later, mask):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def no_products(kind, width, tile, place):
+def nothing_spread(kind, tile, width, spare):
+    return
+
+
+def no_products(kind, width, tile, place, spare):
     return zero(i32x16), zero(i32x16)
 
 
@@ -221,7 +241,7 @@ STORE_SHARES, ADD_VALUES = ByLayout(store_shares), ByLayout(add_values)
 KEY_PRODUCTS, VALUE_PRODUCTS = (
     ByLayout(function, no_products) for function in (key_products, value_products)
 )
-SCORE = ByLayout(score)
+SCORE, SPREAD = ByLayout(score), ByLayout(spread, nothing_spread)
 
 
 # ---- a tile ----
@@ -281,12 +301,13 @@ def share_out(kind, rows, width, count, tile, scale, later, mask):
 
 
 @inner
-def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, scale):
+def attend_tile(kind, sets, spare, per_token, first, count, start, chunk, size, tile, scale):
     """Go over one tile with the sets of `count` tokens, from position `first` on.
 
-    The tile begins at `start`; tokens for which it lies in another chunk do nothing.
+    The tile begins at `start`; tokens for which it lies in another chunk do nothing. `spare` is
+    for what `spread` makes.
     """
-    width = (size + 31) // 32 * 32
+    width = width_of(size)
     item = bytes_of_set(width)
     used = per_token * count
     later, mask = tile + tile_bytes(kind, width), 1
@@ -295,15 +316,19 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
     mask -= 1
     # a few sets wait for memory, not for products
     nothing = (zero(i32x16), zero(i32x16))
+    if is_shared(mask):
+        spread(kind, tile, width, spare)
     for group in range(0, TILE // GROUP, 2):
-        products = key_products(kind, width, tile, group) if is_shared(mask) else nothing
+        products = key_products(kind, width, tile, group, spare) if is_shared(mask) else nothing
         for t in range(count):
             left = tile_positions(first + t, chunk, start) - GROUP * group
             if left > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
                     both = left > GROUP
-                    later = score(kind, rows, width, tile, group, both, products, later, mask)
+                    later = score(
+                        kind, rows, width, tile, group, both, spare, products, later, mask
+                    )
     for t in range(count):
         positions = tile_positions(first + t, chunk, start)
         if positions > 0:
@@ -311,10 +336,12 @@ def attend_tile(kind, sets, per_token, first, count, start, chunk, size, tile, s
                 rows = sets + (t * per_token + i) * item
                 later = share_out(kind, rows, width, positions, tile, scale, later, mask)
     for c in range(0, width, 32):
-        products = value_products(kind, width, tile, c) if is_shared(mask) else nothing
+        products = value_products(kind, width, tile, c, spare) if is_shared(mask) else nothing
         for t in range(count):
             positions = tile_positions(first + t, chunk, start)
             if positions > 0:
                 for i in range(per_token):
                     rows = sets + (t * per_token + i) * item
-                    later = add_values(kind, rows, width, c, positions, tile, products, later, mask)
+                    later = add_values(
+                        kind, rows, width, c, positions, tile, spare, products, later, mask
+                    )

@@ -136,7 +136,7 @@ def score_group(rows, width, tile, group, later, mask):
 
 
 @SCORE.register(Q8_0)
-def score(kind, rows, width, tile, group, both, products, later, mask):
+def score(kind, rows, width, tile, group, both, spare, products, later, mask):
     later = score_group(rows, width, tile, group, later, mask)
     return score_group(rows, width, tile, group + 1, later, mask) if both else later
 
@@ -158,7 +158,7 @@ def store_shares(kind, row, inverse):
 
 
 @ADD_VALUES.register(Q8_0)
-def add_values(kind, rows, width, c, count, tile, products, later, mask):
+def add_values(kind, rows, width, c, count, tile, spare, products, later, mask):
     outputs, codes = rows + 4 * (ROWS * width + c), rows + 12 * ROWS * width
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192

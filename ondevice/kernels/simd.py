@@ -259,6 +259,19 @@ _register_shift(operator.lshift)
 _register_shift(operator.rshift)
 
 
+@intrinsic
+def funnel(typing: Any, upper: Any, lower: Any, count: Any) -> Any:
+    """The lower half of each element of `upper`, `lower` behind it, shifted right by `count`."""
+
+    def lower_it(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        amount = builder.trunc(args[2], kind.element)
+        name = f"llvm.fshr.v{kind.count}i{kind.element.width}"
+        return call(builder, name, kind, [args[0], args[1], broadcast(builder, amount, kind.count)])
+
+    return upper(upper, lower, types.int64), lower_it
+
+
 # ---- memory ----
 
 

@@ -80,7 +80,7 @@ def logits_apart(model: Model, ids: np.ndarray, batch: int, order: str) -> np.nd
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize(("kind", "kv"), [("F32", "i16"), ("Q8_0", "q8_0")])
+@pytest.mark.parametrize(("kind", "kv"), [("F32", "i12"), ("Q8_0", "q8_0")])
 def test_nothing_begins_before_what_it_needs(kind: str, kv: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     convert.convert(write_checkpoint(tmp_path / "hf", SHAPE), path, type=kind)

@@ -194,7 +194,7 @@ def test_a_thousand_random_lives_with_guesses(guessing: Model, tmp_path: Path) -
     run_traces(guessing, range(1000, 2000), tmp_path, guess=True)
 
 
-@pytest.mark.parametrize("kv", ["i16", "q8_0"])
+@pytest.mark.parametrize("kv", ["i12", "q8_0"])
 def test_saved_and_restored_in_another_process(kv: str, demo: Model, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with ondevice.load(demo.path, threads=1, kv=kv) as model:
@@ -485,7 +485,7 @@ def test_another_version(saved: Path, small: Model) -> None:
     raw = bytearray(saved.read_bytes())
     raw[8] = 1
     saved.write_bytes(raw)
-    assert_refused(small, saved, "has version 1 of the format; this program reads version 4")
+    assert_refused(small, saved, "has version 1 of the format; this program reads version 5")
 
 
 def test_another_model(saved: Path, small: Model, demo: Model) -> None:
@@ -494,7 +494,7 @@ def test_another_model(saved: Path, small: Model, demo: Model) -> None:
 
 def test_another_cache_or_context(saved: Path, small: Model) -> None:
     with ondevice.load(small.path, threads=1, kv="q8_0") as model:
-        assert_refused(model, saved, "made with kv type i16; the model is open with q8_0")
+        assert_refused(model, saved, "made with kv type i12; the model is open with q8_0")
     with ondevice.load(small.path, threads=1, context=20) as model:
         assert_refused(model, saved, r"has \d\d tokens and the context only 20")
 

@@ -89,7 +89,7 @@ def test_state_and_keys_of_the_80b() -> None:
         conv_kernel=4,
     )
     assert inspection.state_bytes(config) == 36 * 4 * (32 * 128 * 128 + 3 * 8192)  # 75.4 MiB
-    assert inspection.kv_bytes_per_token(config) == 24 << 10
+    assert inspection.kv_bytes_per_token(config) == 18 << 10
     assert dataclasses.asdict(config)["experts"] == 512
 
 

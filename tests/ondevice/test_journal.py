@@ -260,7 +260,7 @@ def test_another_model_or_context(endless: Model, demo: Model) -> None:
         open_session(demo, "one")
     with (
         ondevice.load(endless.path, threads=1, kv="q8_0") as model,
-        pytest.raises(UsageError, match="made with kv type i16; the model is open with q8_0"),
+        pytest.raises(UsageError, match="made with kv type i12; the model is open with q8_0"),
     ):
         open_session(model, "one")
     with (

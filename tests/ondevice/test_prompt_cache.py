@@ -58,7 +58,7 @@ def test_a_prompt_is_read_once(cached: Model, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("kv", ["i16", "q8_0"])
+@pytest.mark.parametrize("kv", ["i12", "q8_0"])
 def test_every_length_gives_the_same_bits(kv: str, tiny_path: Path, tmp_path: Path) -> None:
     with ondevice.load(tiny_path, threads=1, kv=kv) as model:
         model.ends[:] = 0
@@ -117,7 +117,7 @@ def test_another_process_and_a_copy_of_the_model(tiny_path: Path, tmp_path: Path
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(tiny_path.read_bytes())
     read = []
-    for path, kv in ((tiny_path, "i16"), (copy, "i16"), (tiny_path, "q8_0")):
+    for path, kv in ((tiny_path, "i12"), (copy, "i12"), (tiny_path, "q8_0")):
         with ondevice.load(path, threads=1, kv=kv) as model:
             model.prompt_cache = PromptCache(model, tmp_path / "prompts")
             read.append(answer(model, tokens_of(1000), 1).prefilled_tokens)

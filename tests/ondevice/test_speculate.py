@@ -161,7 +161,7 @@ def test_the_demo_guesses_well(demo: Model) -> None:
     assert right[0] / compared[0] >= 0.5, (right / compared).round(2)
 
 
-@pytest.mark.parametrize("kv", ["i16", "q8_0"])
+@pytest.mark.parametrize("kv", ["i12", "q8_0"])
 def test_experts_from_disk_and_small_caches(kv: str, paths: dict[str, Path]) -> None:
     with ondevice.load(paths["quantised"], threads=2, context=1024, kv=kv) as model:
         wanted = model.plan.needs.least
@@ -473,8 +473,8 @@ def test_the_journal_is_small_at_full_size() -> None:
 
 def test_prediction_follows_or_begins_anew(predicting: Model) -> None:
     config = predicting.config
-    prediction = Prediction(config, 1024, "i16", batch=512)
-    assert prediction.cache.nbytes >= head_cache_bytes(config, 1024, "i16")
+    prediction = Prediction(config, 1024, "i12", batch=512)
+    assert prediction.cache.nbytes >= head_cache_bytes(config, 1024, "i12")
     assert prediction.ring.nbytes >= ring_bytes(config, 512)
     assert not prediction.ready(0)
     prediction.note(0, 100)

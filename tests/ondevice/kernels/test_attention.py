@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels import attention, cache, cache_i16, cache_q8_0, rows
+from ondevice.kernels import attention, cache, cache_i12, cache_i16, cache_q8_0, cache_words, rows
 from quant.format import Array
 from tests.ondevice.kernels.harness import (
     MACHINES,
@@ -23,8 +23,10 @@ TILE = 128
 CONTEXT = 3 * TILE
 LAYER = 1  # of two: the other one's cache must stay as it is
 HALF_ROUNDING = 2.0**-11  # of a float16
-WORD_LENGTH, WORD_MOST = 46000, 16383
-WORD_VALUES, WORD_SHARE, WORD_SHARES = 8191, 24575, 262000
+KEY_LENGTH, KEY_MOST = 92000, 24568
+QUERY_LENGTH, QUERY_MOST = 23000, 8191
+WORD_VALUES, WORD_SHARE, WORD_SHARES = 24568, 8191, 87000
+UNITS = {"i12": 8.05, "i16": 0.505}  # of a word, that rounding may be off
 ROUNDING = 5e-6
 
 
@@ -51,6 +53,25 @@ def words(tiles: Array, width: int) -> tuple[Array, Array]:
     return tuple(x * scale.astype(float) for x, scale in zip((keys, values), scales, strict=True))
 
 
+def with_fourths(words: Array) -> Array:
+    """Four vectors each of three (..., 3, 16, 2) i16: the fourth is their lowest four bits."""
+    lowest = words.astype(np.int32) & 15
+    fourth = lowest[..., 2, :, :] << 12 | lowest[..., 1, :, :] << 8 | lowest[..., 0, :, :] << 4
+    return np.concatenate([words, fourth.astype(np.int16)[..., None, :, :]], axis=-3)
+
+
+def packed_words(tiles: Array, width: int) -> tuple[Array, Array]:
+    """Keys and values (kv heads, context, width) of tiles of 12-bit numbers."""
+    heads, count, _ = tiles.shape
+    keys, key_scales, values, value_scales = parts(tiles, *[TILE * width // 2 * 3, 4 * TILE] * 2)
+    keys = keys.view(np.int16).reshape(heads, count, TILE // 16, width // 8, 3, 16, 2)
+    values = values.view(np.int16).reshape(heads, count, width // 64, 3, TILE // 2, 16, 2)
+    values = with_fourths(values.swapaxes(3, 4)).swapaxes(3, 4)
+    pieces = (with_fourths(keys), key_scales, values, value_scales)
+    whole = [np.ascontiguousarray(x).reshape(heads, count, -1).view(np.uint8) for x in pieces]
+    return words(np.concatenate(whole, axis=2), width)
+
+
 def codes(tiles: Array, width: int) -> tuple[Array, Array]:
     """Keys and values (kv heads, context, width) of tiles of bytes."""
     heads, count, _ = tiles.shape
@@ -67,6 +88,9 @@ def codes(tiles: Array, width: int) -> tuple[Array, Array]:
     return keys, values * value_scales.astype(float)
 
 
+READERS = {"i12": packed_words, "i16": words, "q8_0": codes}
+
+
 @dataclass
 class Case:
     """One layer's weights, a sequence of q (query and gate per head), k and v, and its cache."""
@@ -77,7 +101,7 @@ class Case:
     pairs: int
     tokens: int
     context: int = CONTEXT
-    kind: str = "i16"
+    kind: str = "i12"
 
     def __post_init__(self) -> None:
         heads, kv_heads, size = self.heads, self.kv_heads, self.size
@@ -138,7 +162,7 @@ class Case:
         own = self.cache[LAYER * self.layer_bytes :][: self.layer_bytes]
         own = own.reshape(self.kv_heads, self.context // TILE, -1)
         with np.errstate(invalid="ignore"):
-            return words(own, self.width) if self.kind == "i16" else codes(own, self.width)
+            return READERS[self.kind](own, self.width)
 
     @property
     def heads_of_task(self) -> int:
@@ -209,24 +233,32 @@ def rounded(query: Array) -> Array:
     return kept.reshape(padded.shape)[:, :, : query.shape[2]]
 
 
-def word_scale(vectors: Array) -> Array:
-    """(..., 1): what one of a query's or key's 16-bit codes stands for."""
+def word_scale(vectors: Array, longest: int, most: int) -> Array:
+    """(..., 1): what one of a query's or key's words stands for."""
     length = np.sqrt((vectors * vectors).sum(axis=-1, keepdims=True))
     greatest = abs(vectors).max(axis=-1, keepdims=True)
-    return np.maximum(length / WORD_LENGTH, greatest / WORD_MOST)
+    return np.maximum(length / longest, greatest / most)
 
 
 def rounded_to_words(query: Array) -> Array:
-    """A query (tokens, heads, size) in 16 bits a number."""
-    scale = word_scale(query)
+    """A query (tokens, heads, size) as words keep it."""
+    scale = word_scale(query, QUERY_LENGTH, QUERY_MOST)
     return np.rint(query / scale) * scale
 
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "pairs"),
-    [(4, 2, 32, 4), (3, 1, 24, 3), (2, 2, 16, 8), (5, 5, 7, 1), (8, 1, 40, 0), (18, 2, 64, 32)],
+    [
+        (4, 2, 32, 4),
+        (3, 1, 24, 3),
+        (2, 2, 16, 8),
+        (5, 5, 7, 1),
+        (8, 1, 40, 0),
+        (18, 2, 64, 32),
+        (2, 1, 136, 8),
+    ],
 )
-KINDS = pytest.mark.parametrize("kind", ["i16", "q8_0"])
+KINDS = pytest.mark.parametrize("kind", attention.CACHES)
 
 
 @KINDS
@@ -238,7 +270,7 @@ def test_attention(
     case = Case(heads, kv_heads, size, pairs, tokens, kind=kind)
     out = case.run(0, tokens)
     keys, values = case.cached()
-    assert not values[:, :tokens, size:].any()
+    assert kind == "i12" or not values[:, :tokens, size:].any()
     wanted = case.turned(case.k.reshape(tokens, kv_heads, size), case.k_norm)
     lengths = (32, case.width)  # that share a scale
     for cached, vectors, length in zip(
@@ -246,8 +278,10 @@ def test_attention(
     ):
         vectors = vectors.transpose(1, 0, 2)
         greatest = abs(vectors).max(axis=-1, keepdims=True)
-        step = word_scale(vectors) if cached is keys else greatest / WORD_VALUES
-        allowed = 0.505 * step + 1e-6 * greatest
+        step = greatest / WORD_VALUES
+        if cached is keys:
+            step = word_scale(vectors, KEY_LENGTH, KEY_MOST)
+        allowed = UNITS.get(kind, 0) * step + 1e-6 * greatest
         if kind == "q8_0":
             padded = np.pad(abs(vectors), [(0, 0), (0, 0), (0, case.width - size)])
             greatest = padded.reshape(kv_heads, tokens, -1, length).max(axis=-1)
@@ -311,9 +345,11 @@ def test_scores_far_apart() -> None:
 
 def test_sizes() -> None:
     assert cache.TILE == TILE
-    assert [cache.head_width(size) for size in (1, 32, 33, 256)] == [32, 32, 64, 256]
+    assert [cache.head_width(size) for size in (1, 32, 33, 256)] == [64, 64, 64, 256]
+    assert cache_i12.tile_bytes(None, 256) == TILE * 2 * (256 * 3 // 2 + 4)
     assert cache_i16.tile_bytes(None, 256) == TILE * 2 * (256 * 2 + 4)
     assert cache_q8_0.tile_bytes(None, 256) == TILE * (256 + 8 * 2 + 256 + 2)
+    assert attention.CACHES["i12"].bytes(2, 256, TILE) == 2 * 2 * TILE * (256 * 3 // 2 + 4)
     assert attention.CACHES["i16"].bytes(2, 256, TILE) == 2 * 2 * TILE * (256 * 2 + 4)
     assert attention.CACHES["q8_0"].bytes(2, 256, TILE) == 2 * TILE * (256 + 8 * 2 + 256 + 2)
 
@@ -348,10 +384,11 @@ def test_extreme_codes() -> None:
         assert (abs(out - exact) <= error).all(), kind
 
 
-def test_greatest_codes() -> None:
-    """Codes two dimensions or positions apart are as great as can be, with either sign."""
+@pytest.mark.parametrize("kind", ["i12", "i16"])
+def test_greatest_codes(kind: str) -> None:
+    """Words two dimensions or positions apart are as great as can be, with either sign."""
     size, tokens = 64, 2 * TILE
-    case = Case(8, 1, size, 0, tokens)
+    case = Case(8, 1, size, 0, tokens, kind=kind)
     case.q_norm[:] = case.k_norm[:] = 1
     case.q.reshape(tokens, 8, 2, size)[:, :, 0] = 0
     case.k[:] = 0
@@ -359,7 +396,7 @@ def test_greatest_codes() -> None:
         for head in range(8):
             place = 2 * size * head + (t + head) % size
             case.q[t, [place, place ^ 2]] = (-1) ** (t + head // 4)
-        case.k[t, [5 * t % size, 5 * t % size ^ 2]] = (-1) ** (t // 3)
+        case.k[t, [5 * t % size ^ other for other in (0, 2, 4, 6)]] = (-1) ** (t // 3)
     # the shares of keys in the query's dimensions are by far the greatest
     case.q_norm *= np.float32(4)
     case.v = np.where(np.arange(tokens)[:, None] // 2 % 2, 1, -1).repeat(size, 1)
@@ -370,10 +407,19 @@ def test_greatest_codes() -> None:
     assert bits(case.run(tokens - 1, tokens)) == bits(out[-1:])
 
 
+def test_words_leave_room() -> None:
+    """For sums of two, and for sums of products of the widest heads; rounding adds up to 8."""
+    key = cache_words.KEY_LENGTH + 8 * 1024**0.5
+    query = cache_words.QUERY_LENGTH + 1024**0.5 / 2
+    assert key * query < 2**31
+    assert cache_words.MOST + 8 + cache_words.QUERY_MOST < 2**15
+    assert (cache_words.MOST + 8) * (cache_words.SHARES + TILE / 2) < 2**31
+
+
 def check_here() -> None:
-    """Both kinds of cache on the machine that this process compiles for."""
+    """All kinds of cache on the machine that this process compiles for."""
     test_extreme_codes()
-    test_greatest_codes()
+    test_greatest_codes("i12")
     for kind in attention.CACHES:
         for heads, kv_heads, size, tokens in ((16, 2, 64, TILE + 20), (3, 1, 40, 71)):
             case = Case(heads, kv_heads, size, 4, tokens, kind=kind)

@@ -101,6 +101,17 @@ def test_integer_operators() -> None:
 
 
 @three_integers
+def funnelled(a: int, b: int, out: int) -> None:
+    store(out, simd.funnel(load(i16x32, a), load(i16x32, b), 4))
+
+
+def test_funnel() -> None:
+    upper, lower = WORDS.view(np.uint16), OTHERS.view(np.uint16)
+    result = call(funnelled, upper, lower, np.uint16, 32)
+    assert result.tolist() == (upper << 12 | lower >> 4).tolist()
+
+
+@three_integers
 def byte_operators(a: int, b: int, out: int) -> None:
     store(out, (load(u8x64, a) & np.uint8(15)) | (load(u8x64, a) << np.uint8(4)))
     store(out + 64, load(u8x64, a) >> np.uint8(4))
