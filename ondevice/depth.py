@@ -6,7 +6,9 @@
 with r the share of cycles that have drafts at all and ai the share of right drafts at place i,
 given that those before were right. Both are learned from every cycle. A depth's cost is relative to
 the other depths': a machine's memory may be twice as fast a second later, so seconds of different
-times say nothing, and another depth is compared with the bursts right before and after its trial.
+times say nothing, and another depth is compared with the bursts right before and after its trial:
+medians, since what else runs spoils single bursts. Where those bursts differ, the machine changed
+meanwhile, and the trial says nothing. A cost is the median of the last trials.
 The pace, seconds per unit of cost, follows every burst. Whatever a wider batch costs (experts from
 disk, a long context) is in the costs. A depth that was never measured is taken to cost what the
 first draft did, for each of its drafts.
@@ -15,10 +17,11 @@ Measuring a slower depth costs time, so a trial waits until the time since has e
 lose no more than EARNED of it, PROMISING times that where guesses are right so often that a depth
 should pay, and HOPELESS times that where it should make less than POOR of what the one in use does.
 A trial's first burst warms up, and is not timed: what the block reads is often not in the caches
-when it has not run for long. A new trial counts as much as all those before. What is learned
-outlives an answer. Tokens do not depend on any of this.
+when it has not run for long. What is learned outlives an answer. Tokens do not depend on any of
+this.
 """
 
+import statistics
 from typing import Any
 
 PLACES = 4
@@ -28,6 +31,12 @@ POOR = 0.9
 TRIAL_CYCLES = 4
 TRIAL_TOKENS = 16
 """Plain tokens of a trial of not guessing."""
+BESIDE = 3
+"""Bursts before a trial, and as many after it, that it is compared with."""
+UNLIKE, UNHEARD = 1.3, 2
+"""Bursts beside a trial that differ by more make it worthless, but so many in a row at most."""
+TRIALS = 3
+"""That a cost is the median of."""
 BETTER = 1.02
 """Another depth must promise so much more than the one in use."""
 WINDOW = 40
@@ -56,14 +65,19 @@ class Depth:
         self._best = self._least
         self._cost: list[float | None] = [None] * (PLACES + 1)  # of a cycle
         self._pace, self._pace_weight = 1.0, 0.0  # seconds per unit of cost
-        self._before = 0.0  # seconds of a cycle of the burst before a trial
-        self._tried: tuple[int, float] | None = None  # depth, seconds of a cycle
+        # seconds of a cycle in the last bursts, and in those before, of, and after the last trial
+        self._last: list[float] = []
+        self._before: list[float] = []
+        self._during: list[float] = []
+        self._after: list[float] = []
+        self._tried: int | None = None  # a depth, while the bursts after its trial are awaited
+        self._unheard = 0
+        self._found: list[list[float]] = [[] for _ in self._cost]  # by the last trials
         self._right = [PRIOR * PRIOR_WEIGHT] * PLACES
         self._compared = [PRIOR_WEIGHT] * PLACES
         self._drafting = 1.0
         self._trial: int | None = None
         self._trial_left = 0
-        self._trial_cycles, self._trial_seconds = 0, 0.0
         self._warm = True
         self._tried_at = [0] * (PLACES + 1)  # in tokens
         self._tokens = 0
@@ -153,7 +167,7 @@ class Depth:
                 self._earned += CREDIT * each
         self._learn_cost(each)
         self._learn_pace(depth, cycles, each)
-        self._before = each
+        self._last = [*self._last, each][-BESIDE:]
         self._earned += EARNED * seconds
         self._rested += tokens
         self._settle()
@@ -167,23 +181,33 @@ class Depth:
             self._warm = True
             return
         self._trial_left -= cycles
-        self._trial_cycles += cycles
-        self._trial_seconds += seconds
+        self._during.append(seconds / cycles)
         if self._trial_left <= 0:
-            self._tried = depth, self._trial_seconds / self._trial_cycles
-            self._trial, self._rested = None, 0
+            self._before, self._after, self._last = self._last, [], []
+            self._tried, self._trial, self._rested = depth, None, 0
 
-    def _learn_cost(self, after: float) -> None:
-        """Of the depth of the last trial, now that the burst after it is known."""
-        base = self._cost[self._best]
-        if self._tried is None or base is None:
+    def _learn_cost(self, each: float) -> None:
+        """Of the depth of the last trial, once the bursts after it are known."""
+        depth, base = self._tried, self._cost[self._best]
+        if depth is None or base is None:
             return
-        (depth, each), self._tried = self._tried, None
-        now = base * each / ((self._before + after) / 2)
-        usual = self._cost[depth]
-        if usual is not None:
-            now = (usual + min(max(now, usual / CLIP), usual * CLIP)) / 2
-        self._cost[depth] = now
+        self._after.append(each)
+        if len(self._after) < BESIDE:
+            return
+        self._tried = None
+        beside = self._before + self._after
+        if max(beside) > UNLIKE * min(beside) and self._unheard < UNHEARD:
+            self._unheard += 1
+            return
+        self._unheard = 0
+        usual = (statistics.median(self._before) + statistics.median(self._after)) / 2
+        now = base * statistics.median(self._during) / usual
+        known, found = self._cost[depth], self._found[depth]
+        if known is not None:
+            found = found or [known]
+            now = min(max(now, known / CLIP), known * CLIP)
+        self._found[depth] = [*found, now][-TRIALS:]
+        self._cost[depth] = statistics.median(self._found[depth])
 
     def _learn_pace(self, depth: int, cycles: int, each: float) -> None:
         now = each / (self._cost[depth] or each)
@@ -197,12 +221,14 @@ class Depth:
         known = [d for d in range(self._least, PLACES + 1) if self._cost[d] is not None]
         best = max(known, key=self.rate)
         if self._cost[self._best] is None or self.rate(best) > BETTER * self.rate(self._best):
-            self._best = best
+            self._best, self._last, self._tried = best, [], None
 
     def _consider_trial(self) -> None:
         """Measure another depth, if it promises more or was not looked at for long enough."""
         others = [d for d in range(self._least, PLACES + 1) if d != self._best]
-        if self._rested < REST or not self.rate(self._best):
+        if self._rested < REST or len(self._last) < BESIDE or self._tried is not None:
+            return
+        if not self.rate(self._best):
             return
         promising = max(others, key=self.rate)
         unknown = self._cost[promising] is None
@@ -212,7 +238,7 @@ class Depth:
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
         if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):
             self._trial, self._trial_left, self._warm = promising, cycles, False
-            self._trial_cycles, self._trial_seconds = 0, 0.0
+            self._during = []
 
     def _patience(self, depth: int) -> float:
         """How many times EARNED a trial may lose."""

@@ -22,6 +22,8 @@ class Machine:
         self.phases: tuple[float, ...] = (1.0,)
         """How many times longer everything takes, for a while each."""
         self.phase = 1.0
+        self.spoilt = 0.0
+        """Share of cycles that something else makes up to three times as long."""
 
     def cost(self, depth: int) -> float:
         return self.plain * (1 + depth * (self.draft + self.row))
@@ -36,6 +38,8 @@ class Machine:
         made, seconds = 0, 0.0
         while figures[0] < cycles:
             disturbed = 1 + self.noise * abs(self.random.standard_normal())
+            if self.spoilt and self.random.random() < self.spoilt:
+                disturbed *= 1 + 2 * self.random.random()
             seconds += self.phase * self.cost(depth) * disturbed
             made += 1
             figures[0] += 1
@@ -122,13 +126,13 @@ def test_the_prediction_is_near_what_is_measured() -> None:
             assert depth.rate(d) == pytest.approx(machine.rate(d), rel=0.1)
 
 
-@pytest.mark.parametrize(("right", "median", "least"), [(0.85, 0.97, 0.94), (0.2, 0.985, 0.98)])
+@pytest.mark.parametrize(("right", "median", "least"), [(0.85, 0.97, 0.91), (0.2, 0.985, 0.98)])
 def test_a_machine_whose_speed_changes_within_seconds_does_not_mislead_it(
     right: float, median: float, least: float
 ) -> None:
     """Seconds of different times are not compared: memory may be twice as fast a moment later."""
     relative = []
-    for seed in range(8):
+    for seed in range(24):
         machine = Machine(0.2, 0.22, (right,) * PLACES, seed, noise=0.05)
         machine.phases = (1.0, 1.3, 1.7, 2.2)
         depth = Depth("auto")
@@ -137,6 +141,24 @@ def test_a_machine_whose_speed_changes_within_seconds_does_not_mislead_it(
     best = max(machine.rate(d) for d in range(PLACES + 1)) / machine.rate(0)
     assert np.median(relative) >= median * best
     assert min(relative) >= least * best
+
+
+def test_the_gain_is_known_on_a_machine_that_does_something_else_as_well() -> None:
+    misses = []
+    for seed in range(24):
+        machine = Machine(0.2, 0.2, (0.85,) * PLACES, seed)
+        machine.phases, machine.spoilt = (1.0, 1.6), 0.03
+        depth = Depth("auto")
+        machine.run(depth, 300)
+        found = []
+        for _ in range(9):
+            machine.run(depth, 128)
+            best = depth.choose()
+            gain = machine.rate(best) / machine.rate(0)
+            found.append(depth.rate(best) / depth.rate(0) / gain - 1)
+        misses.append(np.median(found))
+    assert abs(np.median(misses)) < 0.05
+    assert np.mean(np.abs(misses) > 0.1) < 0.2
 
 
 def test_on_is_never_none() -> None:
