@@ -42,8 +42,8 @@ LINE = 64
 BLOCKS = {activation.PER_256: 256, activation.PER_32: 32}
 """Numbers of a block of each kind of record."""
 OWN_PAGES = 128 << 10
-HUGE_PAGES = 4 << 20
-"""Bytes from which on memory is asked for in pages of its own; in huge ones, as NumPy does."""
+HUGE_PAGES, HUGE_PAGE = 4 << 20, 2 << 20
+"""Bytes from which on memory is asked for in pages of its own; in huge ones; and of one such."""
 FEWEST_PANELS, MOST_PANELS = 3, 15
 """Panels of weight rows in a task: long enough streams of memory, and small enough for caches."""
 TASKS_PER_THREAD = 24
@@ -67,23 +67,29 @@ def zeros(nbytes: int) -> Array:
     Large ones are pages of their own, which take memory as they are filled and give it back when
     the array goes. The C library's heap does neither once it has seen an array of that size freed.
     """
-    storage = _pages(nbytes + 2 * LINE)
-    skip = -storage.ctypes.data % LINE
+    storage, alignment = _pages(nbytes + 2 * LINE)
+    skip = -storage.ctypes.data % alignment
     return storage[skip : skip + nbytes + LINE]
 
 
-def _pages(nbytes: int) -> Array:
-    """Zeroed bytes, from the system itself where they are many and it has a call for that."""
+def _pages(nbytes: int) -> tuple[Array, int]:
+    """Zeroed bytes, from the system itself where they are many and it has a call for that.
+
+    And what they have to be aligned to, for which they have room.
+    """
     if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return np.zeros(nbytes, np.uint8)
+        return np.zeros(nbytes, np.uint8), LINE
+    huge = nbytes >= HUGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE")
+    if huge:  # whole ones, wherever the first begins
+        nbytes = -(-nbytes // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(nbytes) from error
-    if nbytes >= HUGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
+    return np.frombuffer(pages, np.uint8), HUGE_PAGE if huge else LINE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ondevice.kernels.dot.tile import ROWS
 from ondevice.kernels.operation import CompiledFunction
 from ondevice.program import (
     FEWEST_PANELS,
+    HUGE_PAGE,
     HUGE_PAGES,
     LINE,
     LONGEST_RUN,
@@ -36,6 +37,11 @@ def test_memory_begins_on_a_cache_line(nbytes: int) -> None:
     assert memory.ctypes.data % LINE == 0
     assert memory.nbytes >= nbytes + LINE
     assert not memory.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have none of these")
+def test_much_memory_begins_on_a_huge_page() -> None:
+    assert zeros(HUGE_PAGES).ctypes.data % HUGE_PAGE == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
