@@ -48,7 +48,7 @@ from quant.jit import inner
 
 TILE = 128
 GROUP = 16  # positions whose keys lie side by side
-BLOCK = 8  # most tokens that go over a tile together
+BLOCK = 2 * ROWS  # most tokens that go over a tile together: more do not fit the caches
 SHARED = 4  # sets from which on a tile's own products are worth their making
 PARTS = 16  # most chunks of a token
 SHORTEST = 256  # positions of a chunk

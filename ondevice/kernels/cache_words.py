@@ -238,8 +238,20 @@ def add_words(layouts, runs, steps, rows, stride, later, mask):
             high_dots = word_rows(high_dots, others[0], pair, stride)
             low_dots = word_rows(low_dots, lanes[1], pair + 4, stride)
             high_dots = word_rows(high_dots, others[1], pair + 4, stride)
-    # not as a pair: with AVX2 LLVM would then keep them in memory, and take three times as long
     return low_dots, high_dots, later
+
+
+@inner
+def add_products(begun, products, layouts, runs, steps, rows, stride, later, mask):
+    """The sums of two runs in whatever way is fastest; `products` are their own, if shared."""
+    # not as a pair: with AVX2 LLVM would then keep them in memory, and take three times as long
+    if not SUMS_FIRST:
+        return add_words(layouts, runs, steps, rows, stride, later, mask)
+    if is_shared(mask):
+        sums, later = add_pairs(begun, products, layouts, runs, steps, rows, stride, later, mask)
+    else:
+        sums, later = add_few_pairs(begun, layouts, runs, steps, rows, stride, later, mask)
+    return sums[0], sums[1], later
 
 
 # ---- scores and outputs ----
@@ -251,18 +263,15 @@ def score_runs(few, many, runs, rows, width, scales, group, both, products, late
     target = rows + 4 * (3 * ROWS * width + GROUP * group)
     query_scales, stride, steps = rows + 2 * width, 4 * width, width // 2
     if both:
-        if SUMS_FIRST:
-            begun = query_scales + 4
-            if is_shared(mask):
-                (low, high), later = add_pairs(
-                    begun, products, (many, many), runs, steps, rows, stride, later, mask
-                )
-            else:
-                (low, high), later = add_few_pairs(
-                    begun, (few, few), runs, steps, rows, stride, later, mask
-                )
+        begun = query_scales + 4
+        if is_shared(mask):
+            low, high, later = add_products(
+                begun, products, (many, many), runs, steps, rows, stride, later, mask
+            )
         else:
-            low, high, later = add_words((few, few), runs, steps, rows, stride, later, mask)
+            low, high, later = add_products(
+                begun, products, (few, few), runs, steps, rows, stride, later, mask
+            )
         store_scores(target + 4 * GROUP, high, scales + 4 * GROUP, query_scales, stride)
     else:
         low = zero_dots()
@@ -289,16 +298,11 @@ def add_value_runs(layouts, runs, rows, width, c, count, products, later, mask):
     numbers = numbers_of(rows, width)
     factors, worth = numbers + 128, numbers + 192
     stride = 4 * TILE
-    if SUMS_FIRST and count == TILE:
+    if count == TILE:
         begun, steps = codes + 2 * TILE, TILE // 2
-        if is_shared(mask):
-            (low, high), later = add_pairs(
-                begun, products, layouts, runs, steps, codes, stride, later, mask
-            )
-        else:
-            (low, high), later = add_few_pairs(
-                begun, layouts, runs, steps, codes, stride, later, mask
-            )
+        low, high, later = add_products(
+            begun, products, layouts, runs, steps, codes, stride, later, mask
+        )
     else:
         # shares behind `count` are zeros
         steps = (count + 7) // 8 * 4
