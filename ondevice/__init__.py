@@ -40,8 +40,8 @@ def load(
     threads: of computation, all available cores by default.
     context: tokens of prompt and answer together, the model's own up to 32,768 by default.
     memory: bytes that the model may take; less than it needs is refused.
-    kv: how keys and values are kept: "i12" as accurately as bfloat16 or better, "i16" as half
-        floats or better, "q8_0" as in a file of that type, in two thirds of the memory of "i12".
+    kv: how keys and values are kept: "i12" about as accurately as bfloat16, "i16" as half
+        floats, "q8_0" as in a file of that type, in two thirds of the memory of "i12".
     progress: called with (done, needed) while kernels are compiled, once on every machine.
     prompt_cache: keep what was computed for long beginnings of prompts in the cache folder, 2 GB at
         most, and find it there; what prompts say can be told from it.
