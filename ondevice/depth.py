@@ -233,8 +233,9 @@ class Depth:
         promising = max(others, key=self.rate)
         unknown = self._cost[promising] is None
         if not (unknown and self.rate(promising) > BETTER * self.rate(self._best)):
-            near = [d for d in others if d <= 1 or abs(d - self._best) == 1]
-            promising = min(near, key=lambda d: self._tried_at[d])
+            least = POOR * self.rate(self._best)
+            near = [d for d in others if d <= 1 or self.rate(d) > least]
+            promising = min(near or others, key=lambda d: self._tried_at[d])
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
         if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):
             self._trial, self._trial_left, self._warm = promising, cycles, False
