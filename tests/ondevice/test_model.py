@@ -388,8 +388,6 @@ def test_another_kind_of_cache(kv: str, demo: Model) -> None:
 
 
 def test_sizes_of_caches(demo: Model) -> None:
-    bits = {"i12": 12, "i16": 16, "q8_0": 8.5}
-    for kv, each in bits.items():
-        numbers = 8 * cache_bytes(demo.config, 1024, kv) / each
-        ideal = 8 * cache_bytes(demo.config, 1024, "i16") / 16
-        assert numbers == pytest.approx(ideal, rel=0.05), kv
+    packed, whole, halved = (cache_bytes(demo.config, 1024, kv) for kv in ("i12", "i16", "q8_0"))
+    assert 0.75 * whole < packed < 0.77 * whole
+    assert halved < 0.55 * whole
