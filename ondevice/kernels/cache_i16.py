@@ -5,9 +5,9 @@
     values   (width / 16, 64, 16 dimensions, 2 positions) i16, zero beyond the head's size
     scales   (128 positions) f32                                  of a value
 
-Words and their products are as cache_words.py says. Rounding moves a key by about 1e-4 of its
-length, as rounding to half floats does; but products of 16-bit integers are twice as many per
-instruction as those of floats.
+Words and their products are as cache_words.py says. Rounding moves a key of normal numbers by 5e-5
+of its length, a query by 2e-4, as rounding to half floats does; but products of 16-bit integers are
+twice as many per instruction as those of floats.
 """
 
 from ondevice.kernels.cache import (
