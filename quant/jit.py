@@ -34,6 +34,8 @@ from quant.errors import Error
 from quant.processor import target
 
 OLDEST_NUMBA = (0, 68)
+VECTOR = 64
+"""Bytes of the longest vector."""
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = sorted([*_ROOT.glob("quant/*.py"), *_ROOT.glob("ondevice/kernels/**/*.py")])
 _SETTINGS = ("CPU_NAME", "CPU_FEATURES", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK")
@@ -142,6 +144,34 @@ def _file_hash(path: str) -> str:
         return f"none {os.getpid()}"
 
 
+class Kernel(Compiler):
+    """Lets a function begin on a whole vector of the stack.
+
+    LLVM keeps there what the registers have no room for, and would take vectors of 32 and 64 bytes
+    to any multiple of 16, as it comes: one that crosses two pages takes as long as dozens of
+    products, in some threads and not in others.
+    """
+
+    def _compile_bytecode(self) -> Any:
+        state = self.state
+        library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+        add = library.add_ir_module
+
+        def add_aligned(module: Any) -> None:
+            for function in module.functions:
+                if not function.is_declaration:
+                    function.attributes.alignstack = VECTOR
+                    function.attributes.add("nounwind")  # without a name none is written
+            add(module)
+
+        library.add_ir_module = add_aligned
+        library.enable_object_caching()
+        state.library = library
+        result = super()._compile_bytecode()
+        del library.add_ir_module
+        return result
+
+
 class Compiled:
     """A function of fixed argument types: compiled, or read from the folder, when first needed.
 
@@ -186,7 +216,7 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck":
 
 def kernel(function: Callable[..., Any], **options: Any) -> Any:
     """Compiled for the argument types that it is called with; machine code is kept."""
-    dispatcher = numba.njit(**{**OPTIONS, **options})(function)
+    dispatcher = numba.njit(**{**OPTIONS, **options}, pipeline_class=Kernel)(function)
     dispatcher._cache = CodeCache(function, Compiled.kind)
     return dispatcher
 

@@ -16,7 +16,7 @@ from typing import Any
 from numba.core import types
 from numba.core.ccallback import CFunc
 
-from quant.jit import CodeCache, Compiled
+from quant.jit import CodeCache, Compiled, Kernel
 
 
 class CompiledFunction(Compiled):
@@ -31,7 +31,9 @@ class CompiledFunction(Compiled):
     @cached_property
     def code(self) -> Any:
         options = {name: value for name, value in self.options.items() if name != "nogil"}
-        compiled: Any = CFunc(self.function, self.signature, locals={}, options=options)
+        compiled: Any = CFunc(
+            self.function, self.signature, locals={}, options=options, pipeline_class=Kernel
+        )
         compiled._cache = CodeCache(self.function, self.kind)
         compiled.compile()
         return compiled

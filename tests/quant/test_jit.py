@@ -4,6 +4,7 @@ import hmac
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numba.core import types
 
+from ondevice.kernels.operation import CompiledFunction
 from quant import jit
 from quant.code_folder import CodeFolder
 from quant.jit import Compiled
@@ -24,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def twice(x: int) -> int:
     return 2 * x
+
+
+def store_nothing(x: int) -> None:
+    pass
 
 
 @pytest.fixture
@@ -219,6 +225,19 @@ def test_an_encoder_refuses_other_arrays() -> None:
 def test_decorated_functions_keep_name_and_documentation() -> None:
     named: Callable[..., object] = Compiled(twice, types.int64(types.int64))
     assert (named.__name__, named.__module__) == ("twice", __name__)
+
+
+def test_functions_begin_on_a_whole_vector_of_the_stack(folder: CodeFolder) -> None:
+    (code,) = Compiled(twice, types.int64(types.int64)).code.inspect_llvm().values()
+    assert_aligned(code)
+    assert_aligned(CompiledFunction(store_nothing, 1).code._library.get_llvm_str())
+
+
+def assert_aligned(code: str) -> None:
+    groups = dict(re.findall(r"^attributes (#\d+) = \{(.*)\}$", code, re.MULTILINE))
+    used = re.findall(r"^define .*(#\d+) \{$", code, re.MULTILINE)
+    assert used
+    assert all("alignstack=64" in groups[name] for name in used)
 
 
 def test_an_inner_function_cannot_be_called_from_python_by_mistake() -> None:
