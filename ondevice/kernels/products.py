@@ -126,14 +126,14 @@ def _dot(builder: ir.IRBuilder, dots: Any, w: Any, a: Any, full: bool) -> ir.Val
     return by_registers(builder, emit, dots, w, a)
 
 
-def _in_order(builder: ir.IRBuilder, dots: Any) -> ir.Value:
-    """The same, with what comes later in the program kept behind it.
+def in_order(builder: ir.IRBuilder, dots: Any) -> ir.Value:
+    """The same, with what comes later in the program kept behind it; where there is AVX2.
 
     For LLVM would do all steps of one token first, and have no registers for what it read of the
     weights meanwhile.
     """
     lanes = dots.type.count // 2
-    kind = ir.VectorType(I16, lanes)
+    kind = ir.VectorType(dots.type.element, lanes)
     signature, results = ir.FunctionType(kind, [kind]), []
     for half in range(2):
         piece = part(builder, dots, half * lanes, lanes)
@@ -141,7 +141,7 @@ def _in_order(builder: ir.IRBuilder, dots: Any) -> ir.Value:
     return join(builder, results)
 
 
-def _product(codes_at: Any, full: bool, in_order: bool = False) -> Any:
+def _product(codes_at: Any, full: bool, ordered: bool = False) -> Any:
     """An intrinsic (dots, w, tokens' addresses, offset) -> dots + w * codes."""
 
     @intrinsic
@@ -150,7 +150,7 @@ def _product(codes_at: Any, full: bool, in_order: bool = False) -> Any:
             places = places_of(builder, args[2], args[3])
             vectors = zip(places, vectors_of(builder, args[0]), strict=True)
             dots = [_dot(builder, v, args[1], codes_at(builder, at), full) for at, v in vectors]
-            return tile_of(builder, [_in_order(builder, x) for x in dots] if in_order else dots)
+            return tile_of(builder, [in_order(builder, x) for x in dots] if ordered else dots)
 
         return dots(dots, u8x64, addresses_of(dots), types.int64), lower
 
@@ -158,7 +158,7 @@ def _product(codes_at: Any, full: bool, in_order: bool = False) -> Any:
 
 
 wide_dot = _product(_fours_of_all_rows, full=False)
-wide_dot_in_order = _product(_fours_of_all_rows, full=False, in_order=PAIRED)
+wide_dot_in_order = _product(_fours_of_all_rows, full=False, ordered=PAIRED)
 """The same, a step of all tokens after the other: with AVX2 it pays where little is added up."""
 wide_dot_bytes = _product(_fours_of_all_rows, full=True)
 quad_dot = _product(_sixteen_of_all_rows, full=False)
@@ -191,6 +191,25 @@ def halves_of_four_blocks(typing: Any, kind: Any, rows: Any, offset: Any) -> Any
         return context.make_tuple(builder, sig.return_type, tiles)
 
     return types.UniTuple(codes, 2)(kind, addresses_of(kind.instance_type), types.int64), lower
+
+
+@intrinsic
+def anew(typing: Any, rows: Any) -> Any:
+    """The same addresses. With AVX2, what was read there already is read again.
+
+    For LLVM would keep it, in more registers than there are.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not PAIRED:
+            return args[0]
+        kind, result = ir.FunctionType(I64, [I64]), args[0]
+        for i, address in enumerate(vectors_of(builder, args[0])):
+            same = builder.asm(kind, "", "=r,0", [address], side_effect=True)
+            result = builder.insert_value(result, same, i)
+        return result
+
+    return rows(rows), lower
 
 
 def _codes_from(starts: tuple[int, ...]) -> Any:

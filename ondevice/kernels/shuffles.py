@@ -71,8 +71,8 @@ def unmerged(typing: Any, value: Any) -> Any:
     """
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = args[0].type
-        return builder.asm(ir.FunctionType(kind, [kind]), "", "=v,0", [args[0]], False)
+        kind, register = args[0].type, "v" if "avx512f" in FEATURES else "x"
+        return builder.asm(ir.FunctionType(kind, [kind]), "", f"={register},0", [args[0]], False)
 
     return value(value), lower
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ondevice.kernels.products import add_word_pairs, by_registers, dot_pairs
+from ondevice.kernels.products import add_word_pairs, by_registers, dot_pairs, in_order
 from ondevice.kernels.simd import (
     F32,
     I16,
@@ -144,9 +144,9 @@ def add_two_dots(typing: Any, sums: Any, first: Any, second: Any, scales: Any) -
             elif BIASED:
                 result.append(vnni(total, x, y, args[3]))
             else:
-                result.append(
-                    by_registers(builder, paired if PAIRED else other, total, x, y, args[3])
-                )
+                emit = paired if PAIRED else other
+                total = by_registers(builder, emit, total, x, y, args[3])
+                result.append(in_order(builder, total) if PAIRED else total)
         return tile_of(builder, result)
 
     return sums(sums, first, first, i16x32), lower

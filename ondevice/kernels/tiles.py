@@ -47,6 +47,12 @@ IN_ONE = HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
 BY_FOURS = HAS_VNNI_512
 """Whether one or two tokens meet four blocks of a row at once, where vectors hold them."""
+ROW_BY_ROW = HAS_VNNI_512 or PAIRED
+"""Whether one or two tokens meet rows of Q6_K one after the other, and not four at once.
+
+A scale has 16 codes there, which as pieces of four rows take twice as many instructions to put
+together.
+"""
 NIBBLES = HAS_VNNI_512
 """Whether panels keep two codes of four bits a byte, and products take them apart.
 

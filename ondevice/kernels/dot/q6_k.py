@@ -39,6 +39,7 @@ from ondevice.kernels.dot.tile import (
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
+    anew,
     codes_at,
     codes_dot,
     half_dot_words,
@@ -73,8 +74,8 @@ from ondevice.kernels.sums import (
     fold_quads,
 )
 from ondevice.kernels.tiles import (
-    BY_FOURS,
     IN_ONE,
+    ROW_BY_ROW,
     STEPS_6,
     zero_dots,
     zero_floats,
@@ -111,8 +112,11 @@ def half_of_row(tile, sums, low, high, scales, a, b):
 
 
 @inner
-def row_of_q6_k(tile, block, rows, sums_at, a, b, c, d):
-    """Scaled dots of a row's superblock, all lanes to be added."""
+def row_of_q6_k(tile, block, rows, at, sums_at):
+    """Scaled dots of a row's superblock, all lanes to be added; `at`: the tokens' codes."""
+    rows = anew(rows)
+    a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
+    c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
     scales = unmerged(load_signed(block + 192))
     sums = half_dot_words(zero_sums(tile), scales * np.int16(-32), rows, sums_at)
     sums = half_of_row(tile, sums, block, block + 128, scales_of_first_half(scales), a, b)
@@ -127,16 +131,14 @@ def rows_q6_k(tile, w, row_bytes, columns, rows):
         block, at = w + 210 * i, SUPERBLOCK * i
         ask_quad(block, row_bytes, 210)
         last = load_quad(block + 194, row_bytes)
-        a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
-        c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
         sums_at = sums_of_16_at(columns) + 32 * i
-        sums_0 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        sums_0 = row_of_q6_k(tile, block, rows, at, sums_at)
         block += row_bytes
-        sums_1 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        sums_1 = row_of_q6_k(tile, block, rows, at, sums_at)
         block += row_bytes
-        sums_2 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        sums_2 = row_of_q6_k(tile, block, rows, at, sums_at)
         block += row_bytes
-        sums_3 = row_of_q6_k(tile, block, rows, sums_at, a, b, c, d)
+        sums_3 = row_of_q6_k(tile, block, rows, at, sums_at)
         sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
         factors = halves(d_of_four(words(last)))
         totals = add_scaled(totals, sums, factors, rows, scales_at(columns) + 4 * i)
@@ -145,7 +147,7 @@ def rows_q6_k(tile, w, row_bytes, columns, rows):
 
 @quads.register(Q6_K)
 def quad_q6_k(layout, tile, w, row_bytes, columns, rows):
-    if BY_FOURS:
+    if ROW_BY_ROW:
         return by_quarter(rows_q6_k(tile, w, row_bytes, columns, rows))
     totals, upper = zero_floats(tile), np.uint8(0x30)
     for b in range(columns // SUPERBLOCK):
