@@ -102,10 +102,11 @@ d_of_four = lane_shuffle([8 * row + 7 for row in range(4)])
 
 
 @inner
-def half_of_row(tile, sums, low, high, scales, a, b):
+def half_of_row(tile, sums, low, high, scales, rows, at):
     """sums + a half of a superblock of Q6_K, its lower four and its upper two bits being there."""
-    upper = np.uint8(0x30)
+    upper, rows = np.uint8(0x30), anew(rows)
     x, bits = load(u8x64, low), last_bits_two_on(load_twice(high))
+    a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
     first = codes_dot(zero_dots(tile), low_four(x) | (raised(bits, 4) & upper), a)
     second = codes_dot(zero_dots(tile), high_four(x) | (bits & upper), b)
     return add_two_dots(sums, first, second, scales)
@@ -114,13 +115,11 @@ def half_of_row(tile, sums, low, high, scales, a, b):
 @inner
 def row_of_q6_k(tile, block, rows, at, sums_at):
     """Scaled dots of a row's superblock, all lanes to be added; `at`: the tokens' codes."""
-    rows = anew(rows)
-    a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
-    c, d = codes_at(tile, rows, at + 128), codes_at(tile, rows, at + 192)
     scales = unmerged(load_signed(block + 192))
     sums = half_dot_words(zero_sums(tile), scales * np.int16(-32), rows, sums_at)
-    sums = half_of_row(tile, sums, block, block + 128, scales_of_first_half(scales), a, b)
-    return half_of_row(tile, sums, block + 64, block + 160, scales_of_last_half(scales), c, d)
+    first, last = scales_of_first_half(scales), scales_of_last_half(scales)
+    sums = half_of_row(tile, sums, block, block + 128, first, rows, at)
+    return half_of_row(tile, sums, block + 64, block + 160, last, rows, at + 128)
 
 
 @inner
