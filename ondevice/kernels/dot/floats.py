@@ -1,7 +1,8 @@
 """Products for F32, F16 and BF16 weights with float32 activations.
 
 Sixteen columns at a time into one vector of partial sums per row and token, folded once; then the
-columns beyond a multiple of sixteen. Four rows meet four tokens at a time, or two.
+columns beyond a multiple of sixteen. Four rows meet four tokens at a time, or two; where
+registers do not suffice for that, with AVX2, two rows meet two tokens.
 """
 
 from ondevice.kernels.arithmetic import fma
@@ -19,7 +20,7 @@ from ondevice.kernels.simd import (
     store_f32,
 )
 from ondevice.kernels.sums import add_products
-from ondevice.kernels.tiles import store_folded, tile1, tile2, tile4, zero_floats
+from ondevice.kernels.tiles import HAS_AVX2, store_folded, tile1, tile2, tile4, zero_floats
 from quant.jit import inner
 
 AHEAD = 2048
@@ -71,20 +72,23 @@ def single_bf16(layout, address):
     return load_bf16(address)
 
 
-@inner
-def four_rows(layout, size, tile, w, row_bytes, columns, records, results, fetch):
+def rows_together(tile, layout, size, w, row_bytes, columns, records, results, fetch):
     """Four rows times the tile's tokens; size is the bytes of a weight.
 
     With `fetch`, memory is asked for what is AHEAD, at the end of the rows for the next four.
     """
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def four_rows(tile, layout, size, w, row_bytes, columns, records, results, fetch):
     totals0, totals1 = zero_floats(tile), zero_floats(tile)
     totals2, totals3 = zero_floats(tile), zero_floats(tile)
     w1, w2, w3 = w + row_bytes, w + 2 * row_bytes, w + 3 * row_bytes
     for c in range(0, columns // 16 * 16, 16):
-        later = size * c + AHEAD
-        if later >= row_bytes:
-            later += 3 * row_bytes
         if fetch:
+            later = size * c + AHEAD
+            if later >= row_bytes:
+                later += 3 * row_bytes
             prefetch(w + later)
             prefetch(w1 + later)
             prefetch(w2 + later)
@@ -97,6 +101,29 @@ def four_rows(layout, size, tile, w, row_bytes, columns, records, results, fetch
     store_folded(totals1, results, 4)
     store_folded(totals2, results, 8)
     store_folded(totals3, results, 12)
+
+
+def twice_two_rows(tile, layout, size, w, row_bytes, columns, records, results, fetch):
+    for r in range(0, 4, 2):
+        w0, w1 = w + r * row_bytes, w + (r + 1) * row_bytes
+        totals0, totals1 = zero_floats(tile), zero_floats(tile)
+        for c in range(0, columns // 16 * 16, 16):
+            if fetch:
+                later = size * c + AHEAD
+                if later >= row_bytes:
+                    later += row_bytes
+                prefetch(w0 + later)
+                prefetch(w1 + later)
+            totals0 = add_products(totals0, sixteen(layout, w0 + size * c), records, 4 * c)
+            totals1 = add_products(totals1, sixteen(layout, w1 + size * c), records, 4 * c)
+        store_folded(totals0, results, 4 * r)
+        store_folded(totals1, results, 4 * r + 4)
+
+
+TWO = HAS_AVX2 and not EIGHT
+together = ByLayout(rows_together, four_rows)
+if TWO:
+    together.register(tile2)(twice_two_rows)
 
 
 @inner
@@ -127,7 +154,7 @@ def all_rows(
     while r + 4 <= rows:
         results = rows_at(tile, out + 4 * r, o_bytes, o, t)
         row = w + r * row_bytes
-        four_rows(layout, size, tile, row, row_bytes, columns, records, results, fetch)
+        rows_together(tile, layout, size, row, row_bytes, columns, records, results, fetch)
         r += 4
     while r < rows:
         results = rows_at(tile, out + 4 * r, o_bytes, o, t)
@@ -146,7 +173,7 @@ def multiply(layout, size, w, row_bytes, rows, columns, a, a_bytes, i, out, o_by
                 out, o_bytes, o, t, False,
             )  # fmt: skip
             t += 4
-    if EIGHT:
+    if EIGHT or TWO:
         while t + 2 <= tokens:
             all_rows(
                 layout, size, tile2, w, row_bytes, rows, columns, a, a_bytes, i,
