@@ -45,6 +45,7 @@ from ondevice.kernels.tiles import (
     HAS_SDOT,
     HAS_VNNI_512,
     PAIRED,
+    SIXTEEN,
     WOVEN,
     Tile,
     _fours_of_all_rows,
@@ -195,13 +196,13 @@ def halves_of_four_blocks(typing: Any, kind: Any, rows: Any, offset: Any) -> Any
 
 @intrinsic
 def anew(typing: Any, rows: Any) -> Any:
-    """The same addresses. With AVX2, what was read there already is read again.
+    """The same addresses; where registers are SIXTEEN what was read there already is read again.
 
     For LLVM would keep it, in more registers than there are.
     """
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if not PAIRED:
+        if not SIXTEEN:
             return args[0]
         kind, result = ir.FunctionType(I64, [I64]), args[0]
         for i, address in enumerate(vectors_of(builder, args[0])):

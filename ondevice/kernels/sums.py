@@ -34,6 +34,7 @@ from ondevice.kernels.tiles import (
     DOTS,
     HAS_VNNI_512,
     PAIRED,
+    SIXTEEN,
     Tile,
     addresses_of,
     places_of,
@@ -146,7 +147,7 @@ def add_two_dots(typing: Any, sums: Any, first: Any, second: Any, scales: Any) -
             else:
                 emit = paired if PAIRED else other
                 total = by_registers(builder, emit, total, x, y, args[3])
-                result.append(in_order(builder, total) if PAIRED else total)
+                result.append(in_order(builder, total) if SIXTEEN else total)
         return tile_of(builder, result)
 
     return sums(sums, first, first, i16x32), lower

@@ -42,12 +42,14 @@ HAS_AVX2 = "avx2" in FEATURES
 HAS_SDOT = "dotprod" in FEATURES
 
 PAIRED = HAS_AVX2 and not (HAS_VNNI_512 or HAS_VNNI_256)
+SIXTEEN = PAIRED and not HAS_AVX512BW
+"""Whether there are no more than sixteen registers, and AVX2's pairs to fill them."""
 BIASED = HAS_VNNI_512 or HAS_VNNI_256
 IN_ONE = HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
 BY_FOURS = HAS_VNNI_512
 """Whether one or two tokens meet four blocks of a row at once, where vectors hold them."""
-ROW_BY_ROW = HAS_VNNI_512 or PAIRED
+ROW_BY_ROW = HAS_VNNI_512 or SIXTEEN
 """Whether one or two tokens meet rows of Q6_K one after the other, and not four at once.
 
 A scale has 16 codes there, which as pieces of four rows take twice as many instructions to put
