@@ -10,6 +10,7 @@ from ondevice.kernels.formats import READERS
 from ondevice.kernels.operation import CompiledFunction, expand_kernel, operation, row_kernel
 from ondevice.kernels.simd import store_i64
 from quant import jit
+from tests.quant.test_jit import assert_aligned
 
 
 def add(a: int, b: int, out: int) -> None:
@@ -23,6 +24,11 @@ def test_decorators_know_the_signature(decorate: type, count: int) -> None:
     assert function.count == count
     assert (function.__name__, function.__doc__) == ("add", "Adds.")
     assert expand_kernel(add).count == 3
+
+
+def test_kernels_begin_on_a_whole_vector_of_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "FOLDER", None)
+    assert_aligned(expand_kernel(add).code._library.get_llvm_str())
 
 
 def test_is_compiled_once_and_called_by_address() -> None:
