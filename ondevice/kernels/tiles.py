@@ -52,8 +52,8 @@ BY_FOURS = HAS_VNNI_512
 ROW_BY_ROW = HAS_VNNI_512 or SIXTEEN
 """Whether one or two tokens meet rows of Q6_K one after the other, and not four at once.
 
-A scale has 16 codes there, which as pieces of four rows take twice as many instructions to put
-together.
+A scale has 16 codes there, so that four rows at once save no multiplication, and take more
+instructions to put together.
 """
 NIBBLES = HAS_VNNI_512
 """Whether panels keep two codes of four bits a byte, and products take them apart.
