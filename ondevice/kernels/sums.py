@@ -22,6 +22,7 @@ from ondevice.kernels.simd import (
     f32x16,
     i16x32,
     i32x4,
+    i32x8,
     i32x16,
     join,
     llvm_type,
@@ -82,23 +83,31 @@ def dots_scale(typing: Any, value: Any) -> Any:
     return i32x16(i32x16), lower
 
 
-@intrinsic
-def add_dots(typing: Any, sums: Any, dots: Any, scale: Any) -> Any:
-    """sums + dots * scale, an i32x16 from `dots_scale`."""
+def _add_dots(ordered: bool) -> Any:
+    @intrinsic
+    def add(typing: Any, sums: Any, dots: Any, scale: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            result = []
+            pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
+            for total, vector in pairs:
+                if PAIRED:
+                    factors = builder.bitcast(args[2], ir.VectorType(I16, 32))
+                    scaled = dot_pairs(builder, vector, factors)
+                else:
+                    scaled = builder.mul(vector, args[2])
+                total = builder.add(total, scaled)
+                result.append(in_order(builder, total) if ordered else total)
+            return tile_of(builder, result)
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        result = []
-        pairs = zip(vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True)
-        for total, vector in pairs:
-            if PAIRED:
-                factors = builder.bitcast(args[2], ir.VectorType(I16, 32))
-                scaled = dot_pairs(builder, vector, factors)
-            else:
-                scaled = builder.mul(vector, args[2])
-            result.append(builder.add(total, scaled))
-        return tile_of(builder, result)
+        return sums(sums, dots, i32x16), lower
 
-    return sums(sums, dots, i32x16), lower
+    return add
+
+
+add_dots = _add_dots(ordered=False)
+"""sums + dots * scale, an i32x16 from `dots_scale`."""
+add_dots_in_order = _add_dots(ordered=SIXTEEN)
+"""The same, one token after the other where registers are SIXTEEN."""
 
 
 @intrinsic
@@ -146,8 +155,7 @@ def add_two_dots(typing: Any, sums: Any, first: Any, second: Any, scales: Any) -
                 result.append(vnni(total, x, y, args[3]))
             else:
                 emit = paired if PAIRED else other
-                total = by_registers(builder, emit, total, x, y, args[3])
-                result.append(in_order(builder, total) if SIXTEEN else total)
+                result.append(by_registers(builder, emit, total, x, y, args[3]))
         return tile_of(builder, result)
 
     return sums(sums, first, first, i16x32), lower
@@ -181,29 +189,101 @@ def fold_quads(typing: Any, sums: Any) -> Any:
     return sums(sums), lower
 
 
+def _halved(builder: ir.IRBuilder, x: Any, y: Any) -> ir.Value:
+    """In each quarter the two halves of x's and of y's added up: x, y, x, y."""
+    count = x.type.count
+    lanes = [i // 4 * 4 + i % 4 // 2 + i % 2 * count for i in range(count)]
+    low = shuffle_lanes(builder, x, y, lanes)
+    high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
+    return builder.add(low, high)
+
+
+def _halved_again(builder: ir.IRBuilder, x: Any, y: Any) -> ir.Value:
+    """Of two that were `_halved` the sums of all four: x, x, y, y."""
+    count = x.type.count
+    lanes = [i // 4 * 4 + i % 2 + i % 4 // 2 * count for i in range(count)]
+    low = shuffle_lanes(builder, x, y, lanes)
+    high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
+    return builder.add(low, high)
+
+
+@intrinsic
+def fold_both(typing: Any, sums: Any, others: Any) -> Any:
+    """The sums of the quarters of two tiles: i32x8 of s0, s2, o0, o2, s1, s3, o1, o3."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for pair in zip(*(vectors_of(builder, tile) for tile in args), strict=True):
+            parts = [(part(builder, x, 0, 8), part(builder, x, 8, 8)) for x in pair]
+            sums_of, others_of = (_halved(builder, *halves) for halves in parts)
+            result.append(_halved_again(builder, sums_of, others_of))
+        return tile_of(builder, result)
+
+    return Tile(i32x8, sums.count)(sums, sums), lower
+
+
+@intrinsic
+def others_first(typing: Any, folded: Any) -> Any:
+    """Of a tile from `fold_both`, the others where the sums were, and the other way around."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane ^ 2 for lane in range(8)]
+        vectors = vectors_of(builder, args[0])
+        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return folded(folded), lower
+
+
+@intrinsic
+def both_by_quarter(typing: Any, totals: Any) -> Any:
+    """Totals of what `fold_both` gives -> a tile of f32x16: those of the sums by quarter."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = [lane for lane in (0, 4, 1, 5) for _ in range(4)]
+        vectors = vectors_of(builder, args[0])
+        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+
+    return Tile(f32x16, totals.count)(totals), lower
+
+
+def _fold_four(builder: ir.IRBuilder, vectors: Any) -> ir.Value:
+    """The sums of the quarters of four: lane i of a quarter is that of the i-th."""
+    x, y, z, w = vectors
+    return _halved_again(builder, _halved(builder, x, y), _halved(builder, z, w))
+
+
+def _add_parts(builder: ir.IRBuilder, vector: Any, lanes: int) -> ir.Value:
+    """Halves added up until so many lanes are left."""
+    while vector.type.count > lanes:
+        half = vector.type.count // 2
+        vector = builder.add(part(builder, vector, 0, half), part(builder, vector, half, half))
+    return vector
+
+
 @intrinsic
 def fold_four(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The sums of the quarters of four tiles: lane i of a quarter is that of the i-th tile."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def halved(x: Any, y: Any) -> Any:
-            first = [lane + 16 * other for lane in (0, 1) for other in (0, 1)]
-            lanes = [4 * quarter + lane for quarter in range(4) for lane in first]
-            low = shuffle_lanes(builder, x, y, lanes)
-            high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
-            return builder.add(low, high)
-
-        result = []
-        for x, y, z, w in zip(*(vectors_of(builder, tile) for tile in args), strict=True):
-            # lanes of a quarter: x, y, x, y and z, w, z, w
-            xy, zw = halved(x, y), halved(z, w)
-            lanes = [4 * q + lane for q in range(4) for lane in (0, 1, 16, 17)]
-            low = shuffle_lanes(builder, xy, zw, lanes)
-            high = shuffle_lanes(builder, xy, zw, [lane + 2 for lane in lanes])
-            result.append(builder.add(low, high))
-        return tile_of(builder, result)
+        columns = zip(*(vectors_of(builder, tile) for tile in args), strict=True)
+        return tile_of(builder, [_fold_four(builder, vectors) for vectors in columns])
 
     return a(a, a, a, a), lower
+
+
+@intrinsic
+def fold_rows(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """All lanes of four tiles added up: a tile of i32x4, a lane for each."""
+    lanes = 8 if SIXTEEN else 16
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        result = []
+        for column in zip(*(vectors_of(builder, tile) for tile in args), strict=True):
+            vectors = [_add_parts(builder, vector, lanes) for vector in column]
+            result.append(_add_parts(builder, _fold_four(builder, vectors), 4))
+        return tile_of(builder, result)
+
+    return Tile(i32x4, a.count)(a, a, a, a), lower
 
 
 @intrinsic
@@ -223,11 +303,8 @@ def add_quarters(typing: Any, sums: Any) -> Any:
     """The sum of the four quarters: a tile of i32x4."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        result = []
-        for x in vectors_of(builder, args[0]):
-            eight = builder.add(part(builder, x, 0, 8), part(builder, x, 8, 8))
-            result.append(builder.add(part(builder, eight, 0, 4), part(builder, eight, 4, 4)))
-        return tile_of(builder, result)
+        vectors = vectors_of(builder, args[0])
+        return tile_of(builder, [_add_parts(builder, x, 4) for x in vectors])
 
     return Tile(i32x4, sums.count)(sums), lower
 

@@ -26,6 +26,7 @@ from ondevice.kernels.simd import (
     broadcast,
     constant,
     f32x4,
+    f32x8,
     f32x16,
     i16x32,
     i32x16,
@@ -156,6 +157,9 @@ zero_floats = _zeros(floats_of)
 """zero_floats(tile4): float32 sums of 0."""
 zero_fours = _zeros(lambda tile: Tile(f32x4, tile.count))
 """zero_fours(tile4): float32 sums of 0, four a token."""
+
+zero_eights = _zeros(lambda tile: Tile(f32x8, tile.count))
+"""zero_eights(tile4): float32 sums of 0, eight a token."""
 
 
 @intrinsic

@@ -14,7 +14,6 @@ import numpy as np
 
 from ondevice.kernels.dot.superblock import (
     SUPERBLOCK,
-    d_of_header,
     moved,
     scales_at,
     sums_of_32_at,
@@ -56,7 +55,6 @@ from ondevice.kernels.products import (
 )
 from ondevice.kernels.shuffles import (
     byte_shuffle,
-    half_in_each,
     half_words,
     halves,
     lane_shuffle,
@@ -67,6 +65,7 @@ from ondevice.kernels.shuffles import (
 from ondevice.kernels.simd import (
     bitcast,
     f32x4,
+    f32x8,
     f32x16,
     i16x32,
     i32x16,
@@ -81,16 +80,19 @@ from ondevice.kernels.sums import (
     add_quarters,
     add_scaled,
     add_two_dots,
+    both_by_quarter,
     by_quarter,
     dots_scale,
-    fold_four,
-    fold_quads,
+    fold_both,
+    fold_rows,
+    others_first,
     turn_quads,
 )
 from ondevice.kernels.tiles import (
     BY_FOURS,
     IN_ONE,
     NIBBLES,
+    SIXTEEN,
     STEPS_4,
     STEPS_5,
     load_floats,
@@ -98,7 +100,7 @@ from ondevice.kernels.tiles import (
     store_floats,
     store_vectors,
     zero_dots,
-    zero_floats,
+    zero_eights,
     zero_fours,
     zero_sums,
 )
@@ -112,8 +114,12 @@ header_high = byte_shuffle([*range(4, 8), *range(4, 8), *range(8, 12), *range(8,
 low_fields = word_fields((0, 0, 0, 4), (0x3F, 0x0F, 0x3F, 0x0F))
 high_fields = word_fields((2, 2, 2, 2), (0, 0x30, 0, 0x30))
 mins_as_words = byte_shuffle([place for j in range(8) for place in (8 + j, None)])
-dmin_of_header = half_in_each(2)
+d_and_dmin_of_both = lane_shuffle(
+    [8 * row + word for first in range(2) for word in range(2) for row in (first, first + 2)]
+)
+dmin_first = lane_shuffle([lane ^ 2 for lane in range(8)])
 two_scales = byte_shuffle([0, None] * 4 + [1, None] * 4)
+first_scale, second_scale = byte_shuffle([0, None] * 8), byte_shuffle([1, None] * 8)
 two_on = moved(2)
 
 
@@ -127,14 +133,24 @@ def six_bit_fields(header):
 
 
 @inner
+def add_even_and_odd(sums, even, odd, scales):
+    """sums + even * the first scale of each quarter + odd * the second."""
+    if SIXTEEN:
+        sums = add_dots(sums, even, bitcast(i32x16, first_scale(scales)))
+        return add_dots(sums, odd, bitcast(i32x16, second_scale(scales)))
+    return add_two_dots(sums, even, odd, words(two_scales(scales)))
+
+
+@inner
 def add_quads(totals, empty_sums, sums, header, fields, rows, columns, b):
     """The end of a superblock of Q4_K and Q5_K: its mins and the float sums."""
     y_at = scales_at(columns) + 4 * b
     mins = words(mins_as_words(fields))
     below = quad_dot_words(empty_sums, mins, rows, sums_of_32_at(columns) + 16 * b)
-    totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
-    minus_dmin = zero(f32x16) - dmin_of_header(header)
-    return add_scaled(totals, fold_quads(below), minus_dmin, rows, y_at)
+    both, factors = fold_both(sums, below), halves(d_and_dmin_of_both(words(header)))
+    totals = add_scaled(totals, both, factors, rows, y_at)
+    minus_dmin = zero(f32x8) - dmin_first(factors)
+    return add_scaled(totals, others_first(both), minus_dmin, rows, y_at)
 
 
 def _scales_of_row(row: int) -> Any:
@@ -217,7 +233,7 @@ def rows_q4_k(tile, w, row_bytes, columns, rows):
         mins = words(mins_as_words(fields))
         below = words_dot(zero_sums(tile), mins, rows, at + 256)
         factors, y_at = halves(d_and_dmin(words(header))), at + 320
-        sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
+        sums = fold_rows(sums_0, sums_1, sums_2, sums_3)
         totals = add_scaled(totals, sums, four_first(factors), rows, y_at)
         minus_dmin = zero(f32x4) - four_last(factors)
         totals = add_scaled(totals, add_quarters(turn_quads(below)), minus_dmin, rows, y_at)
@@ -228,7 +244,7 @@ def rows_q4_k(tile, w, row_bytes, columns, rows):
 def quad_q4_k(layout, tile, w, row_bytes, columns, rows):
     if BY_FOURS:
         return by_quarter(rows_q4_k(tile, w, row_bytes, columns, rows))
-    totals = zero_floats(tile)
+    totals = zero_eights(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 144 * b
         ask_quad(block, row_bytes, 144)
@@ -243,15 +259,15 @@ def quad_q4_k(layout, tile, w, row_bytes, columns, rows):
             even = quad_dot(even, low_four(y), rows, at + 16)
             odd = quad_dot(zero_dots(tile), high_four(x), rows, at + 32)
             odd = quad_dot(odd, high_four(y), rows, at + 48)
-            sums = add_two_dots(sums, even, odd, words(two_scales(scales)))
+            sums = add_even_and_odd(sums, even, odd, scales)
             scales = two_on(scales)
         totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
-    return totals
+    return both_by_quarter(totals)
 
 
 @quads.register(Q5_K)
 def quad_q5_k(layout, tile, w, row_bytes, columns, rows):
-    totals, sixteen = zero_floats(tile), np.uint8(16)
+    totals, sixteen = zero_eights(tile), np.uint8(16)
     for b in range(columns // SUPERBLOCK):
         block = w + 176 * b
         ask_quad(block, row_bytes, 176)
@@ -272,10 +288,10 @@ def quad_q5_k(layout, tile, w, row_bytes, columns, rows):
             odd = quad_dot(zero_dots(tile), code, rows, at + 32)
             code = high_four(y) | (raised(fifth_y, 3) & sixteen)
             odd = quad_dot(odd, code, rows, at + 48)
-            sums = add_two_dots(sums, even, odd, words(two_scales(scales)))
+            sums = add_even_and_odd(sums, even, odd, scales)
             scales, fifth_x, fifth_y = two_on(scales), lowered(fifth_x, 2), lowered(fifth_y, 2)
         totals = add_quads(totals, zero_sums(tile), sums, header, fields, rows, columns, b)
-    return totals
+    return both_by_quarter(totals)
 
 
 # ---- sixteen rows ----

@@ -8,6 +8,8 @@ superblock, the sum exact in int32:
 Block layout: quant/q6_k.py.
 """
 
+from typing import Any
+
 import numpy as np
 
 from ondevice.kernels.dot.superblock import (
@@ -21,6 +23,7 @@ from ondevice.kernels.dot.superblock import (
 )
 from ondevice.kernels.dot.tile import (
     PAIRS,
+    PREPARED_PER_COLUMN,
     SCALES,
     D,
     Layout,
@@ -33,8 +36,10 @@ from ondevice.kernels.dot.tile import (
     lowered,
     multiply,
     panels,
+    preparers,
     quads,
     raised,
+    rows_at,
     unpackers,
 )
 from ondevice.kernels.operation import row_kernel
@@ -58,24 +63,26 @@ from ondevice.kernels.shuffles import (
     load_quad,
     load_signed,
     load_twice,
+    pair_shuffle,
     quarters_lowered,
     unmerged,
 )
 from ondevice.kernels.simd import bitcast, i16x32, i32x16, load, store, u8x64
 from ondevice.kernels.sums import (
     add_dots,
+    add_dots_in_order,
     add_multiple,
-    add_quarters,
     add_scaled,
     add_two_dots,
     by_quarter,
     dots_scale,
-    fold_four,
     fold_quads,
+    fold_rows,
 )
 from ondevice.kernels.tiles import (
     IN_ONE,
     ROW_BY_ROW,
+    SIXTEEN,
     STEPS_6,
     zero_dots,
     zero_floats,
@@ -98,7 +105,33 @@ one_on, six_on = moved(1), moved(6)
 scales_of_first_half = lane_shuffle([q + i // 4 * 4 for q in range(4) for i in range(8)])
 scales_of_last_half = lane_shuffle([8 + q + i // 4 * 4 for q in range(4) for i in range(8)])
 last_bits_two_on = quarters_lowered((0, 0, 2, 2))
+
+
+def _eights(first: int) -> Any:
+    """Of each quarter of two vectors the 8 codes from `first` on, one after the other."""
+    return pair_shuffle(
+        [16 * q + first + i + 64 * other for q in range(4) for other in range(2) for i in range(8)]
+    )
+
+
+first_eights, last_eights = _eights(0), _eights(8)
 d_of_four = lane_shuffle([8 * row + 7 for row in range(4)])
+
+
+@preparers.register(Q6_K)
+def prepare_q6_k(layout, tile, rows, columns, s):
+    if not SIXTEEN:
+        return rows
+    result = rows_at(tile, s, PREPARED_PER_COLUMN * columns, 0, 0)
+    for token in range(len(rows)):
+        record, to = rows[token], result[token]
+        for i in range(0, columns, 128):
+            a, b = load(u8x64, record + i), load(u8x64, record + i + 64)
+            store(to + i, first_eights(a, b))
+            store(to + i + 64, last_eights(a, b))
+        for i in range(columns, columns + columns // SUPERBLOCK * 52, 64):
+            store(to + i, load(u8x64, record + i))
+    return result
 
 
 @inner
@@ -107,8 +140,12 @@ def half_of_row(tile, sums, low, high, scales, rows, at):
     upper, rows = np.uint8(0x30), anew(rows)
     x, bits = load(u8x64, low), last_bits_two_on(load_twice(high))
     a, b = codes_at(tile, rows, at), codes_at(tile, rows, at + 64)
-    first = codes_dot(zero_dots(tile), low_four(x) | (raised(bits, 4) & upper), a)
-    second = codes_dot(zero_dots(tile), high_four(x) | (bits & upper), b)
+    x, y = low_four(x) | (raised(bits, 4) & upper), high_four(x) | (bits & upper)
+    if SIXTEEN:
+        dots = codes_dot(zero_dots(tile), first_eights(x, y), a)
+        dots = codes_dot(dots, last_eights(x, y), b)
+        return add_dots_in_order(sums, dots, bitcast(i32x16, scales))
+    first, second = codes_dot(zero_dots(tile), x, a), codes_dot(zero_dots(tile), y, b)
     return add_two_dots(sums, first, second, scales)
 
 
@@ -138,7 +175,7 @@ def rows_q6_k(tile, w, row_bytes, columns, rows):
         sums_2 = row_of_q6_k(tile, block, rows, at, sums_at)
         block += row_bytes
         sums_3 = row_of_q6_k(tile, block, rows, at, sums_at)
-        sums = add_quarters(fold_four(sums_0, sums_1, sums_2, sums_3))
+        sums = fold_rows(sums_0, sums_1, sums_2, sums_3)
         factors = halves(d_of_four(words(last)))
         totals = add_scaled(totals, sums, factors, rows, scales_at(columns) + 4 * i)
     return totals
