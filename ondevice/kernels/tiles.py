@@ -1,6 +1,6 @@
 """Tiles: sums of several tokens held in registers, one vector each.
 
-A `Tile` is 1, 2, 4 or 8 vectors, one per token; each piece of weights is loaded once and meets
+A `Tile` is 1, 2, 3, 4 or 8 vectors, one per token; each piece of weights is loaded once and meets
 every token's activations (kernels/products.py), and what comes of it is scaled and folded
 (kernels/sums.py). Here is what tiles are and how they are made and kept.
 
@@ -81,7 +81,7 @@ class TileModel(models.PrimitiveModel):
         super().__init__(manager, frontend, ir.ArrayType(llvm_type(frontend.vec), frontend.count))
 
 
-tile1, tile2, tile4, tile8 = (Tile(i32x16, count) for count in (1, 2, 4, 8))
+tile1, tile2, tile3, tile4, tile8 = (Tile(i32x16, count) for count in (1, 2, 3, 4, 8))
 DOTS = i16x32 if PAIRED else i32x16
 
 

@@ -39,6 +39,7 @@ from ondevice.kernels.dot.tile import (
     raised,
     rows_at,
     unpackers,
+    wide_from_four,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -107,6 +108,7 @@ from ondevice.kernels.tiles import (
 from quant.jit import inner
 
 Q4_K, Q5_K = Layout("Q4_K"), Layout("Q5_K")
+wide_from_four(Q4_K, Q5_K)
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])

@@ -41,6 +41,7 @@ from ondevice.kernels.dot.tile import (
     raised,
     rows_at,
     unpackers,
+    wide_from_four,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -92,6 +93,7 @@ from ondevice.kernels.tiles import (
 from quant.jit import inner
 
 Q6_K = Layout("Q6_K")
+wide_from_four(Q6_K)
 
 # signed bytes go into the upper halves of words and are shifted down
 first_two_signed = byte_shuffle([None, 0] * 4 + [None, 2] * 4)

@@ -48,13 +48,16 @@ from ondevice.kernels.simd import (
 )
 from ondevice.kernels.tiles import (
     BIASED,
+    BY_FOURS,
     HAS_AVX2,
     MOST_TOKENS,
+    SIXTEEN,
     WOVEN,
     store_apart,
     store_first,
     tile1,
     tile2,
+    tile3,
     tile4,
     tile8,
 )
@@ -81,7 +84,7 @@ EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
 def scratch_bytes(columns: int) -> int:
     """Scratch that `multiply` needs for rows of any length."""
-    return max(PANEL + 64 * CHUNK, 2 * PREPARED_PER_COLUMN * columns)
+    return max(PANEL + 64 * CHUNK, 4 * PREPARED_PER_COLUMN * columns)
 
 
 class Layout(types.Type):
@@ -247,6 +250,15 @@ def rows_of_two(tile, base, row_bytes, index, token):
     )
 
 
+@tokens_of.register(tile3)
+def rows_of_three(tile, base, row_bytes, index, token):
+    return (
+        row_at(base, row_bytes, index, token),
+        row_at(base, row_bytes, index, token + 1),
+        row_at(base, row_bytes, index, token + 2),
+    )
+
+
 @tokens_of.register(tile4)
 def rows_of_four(tile, base, row_bytes, index, token):
     return (
@@ -315,6 +327,14 @@ def three(layout):
     return 3
 
 
+def four(layout):
+    return 4
+
+
+def five(layout):
+    return 5
+
+
 preparers, fewests = ByLayout(prepare, as_they_are), ByLayout(fewest, three)
 quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_panel)
 
@@ -338,6 +358,51 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
     for r in range(4 * part, rows):
         row = w + r * row_bytes
         store_first(quad(layout, tile, row, 0, columns, records), results, 4 * r)
+
+
+def a_few(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+    """All rows, straight from their blocks, times the tokens from t on."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+def by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+    while t + 2 <= tokens:
+        few(layout, tile2, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
+        t += 2
+    if t < tokens:
+        few(layout, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
+
+
+then_by_twos = inner(by_twos)
+
+
+def by_threes(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+    while t + 3 <= tokens:
+        few(layout, tile3, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
+        t += 3
+    then_by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s)
+
+
+then_by_threes = inner(by_threes)
+
+
+def by_fours(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+    while t + 4 <= tokens:
+        few(layout, tile4, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
+        t += 4
+    then_by_threes(
+        layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s
+    )
+
+
+fews = ByLayout(a_few, by_twos)
+
+
+def wide_from_four(*layouts: Layout) -> None:
+    """Formats that meet three tokens sooner straight from their blocks; with AVX2 four as well."""
+    for layout in layouts if BY_FOURS or SIXTEEN else ():
+        fewests.register(layout)(five if SIXTEEN else four)
+        fews.register(layout)(by_fours if SIXTEEN else by_threes)
 
 
 @inner
@@ -435,9 +500,4 @@ def multiply(
     done = ROWS * panels
     rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
     if left > 0:
-        t = 0
-        while t + 2 <= tokens:
-            few(layout, tile2, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t, s)
-            t += 2
-        if t < tokens:
-            few(layout, tile1, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, t, s)
+        a_few(layout, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, 0, tokens, s)
