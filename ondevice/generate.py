@@ -280,7 +280,7 @@ class Completion:
             model.decode(state, step)
             return
         depth = ahead.depth.choose()
-        disturbed = not depth and model.trying_threads
+        disturbed = model.trying_threads(depth)
         if depth:
             started = time.perf_counter()
             model.catch_up(state, step)
@@ -289,7 +289,7 @@ class Completion:
             ahead.depth.charge(time.perf_counter() - started)
             # a short burst has room for all guesses of its cycle
             step[layout.STEPS_LEFT] = min(remaining, burst + depth + 1)
-            cycles = ahead.depth.cycles(burst)
+            cycles = ahead.depth.cycles(burst // 2 if disturbed else burst)
             seconds, figures = model.decode_ahead(state, step, depth, cycles)
             self.acceptance.add(figures)
         else:

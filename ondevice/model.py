@@ -305,7 +305,7 @@ class Model:
         """
         with self._alone() as team:
             self._begin(state, step, 1)
-            if threads is None and self._pace.trying:
+            if threads is None and self._pace.trying():
                 step[layout.STEPS_LEFT] = max(1, step[layout.STEPS_LEFT] // 2)
             waited, started = self.expert_counts.waiting, time.perf_counter()
             chosen = threads or self._pace.choose()
@@ -355,7 +355,7 @@ class Model:
             step[layout.STEADY] = 1
             before, started = self.ahead.figures(), time.perf_counter()
             try:
-                self._run(team, self.ahead.cycle, step, None, self._pace.choose())
+                self._run(team, self.ahead.cycle, step, None, self._pace.choose(depth))
             except Error:
                 state.reset()
                 step[[layout.POSITION, layout.PENDING]] = 0
@@ -369,13 +369,13 @@ class Model:
                     state.prediction.end = int(self.ahead.record[ahead.END])
                     state.prediction.cut(state.position)
             figures = self.ahead.figures() - before
+            self._pace.note(int(figures[0]), seconds, depth)
         self._check_finite(state, step)
         return seconds, figures
 
-    @property
-    def trying_threads(self) -> bool:
-        """Whether the next burst of plain decoding tries another number of threads."""
-        return self._pace.trying
+    def trying_threads(self, depth: int) -> bool:
+        """Whether the next burst, if it guesses so many, tries another number of threads."""
+        return self._pace.trying(depth)
 
     def catch_up(self, state: State, step: Array) -> None:
         """Let the multi-token-prediction block see what plain decoding has made since."""
