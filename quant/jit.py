@@ -247,6 +247,16 @@ def _finalize(library: Any) -> None:
     library._finalized = True
 
 
+INNER: Any = {
+    **OPTIONS,
+    "forceinline": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _Inlined,
+}
+"""Numba's options for functions that are compiled into their callers."""
+
+
 class Inner(CPUDispatcher):
     """A function without an entry for Python."""
 
@@ -256,9 +266,7 @@ class Inner(CPUDispatcher):
 
 def inner(function: Callable[..., Any]) -> Any:
     """For functions only ever called from a kernel: compiled into their callers."""
-    options: dict[str, Any] = {"forceinline": True}
-    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    dispatcher = numba.njit(**OPTIONS, **options, pipeline_class=_Inlined)(function)
+    dispatcher = numba.njit(**INNER)(function)
     dispatcher.__class__ = Inner
     return dispatcher
 

@@ -61,7 +61,7 @@ from ondevice.kernels.tiles import (
     tile4,
     tile8,
 )
-from quant.jit import inner
+from quant.jit import INNER, inner
 
 STEP = 256
 ROWS = 16
@@ -84,7 +84,7 @@ EIGHT, FOUR = MOST_TOKENS >= 8, MOST_TOKENS >= 4
 
 def scratch_bytes(columns: int) -> int:
     """Scratch that `multiply` needs for rows of any length."""
-    return max(PANEL + 64 * CHUNK, 4 * PREPARED_PER_COLUMN * columns)
+    return max(PANEL + 64 * CHUNK, 3 * PREPARED_PER_COLUMN * columns)
 
 
 class Layout(types.Type):
@@ -105,7 +105,7 @@ class ByLayout:
         def choose(layout: Any, *arguments: Any) -> Callable[..., Any] | None:
             return self._implementations.get(getattr(layout, "instance_type", None), otherwise)
 
-        overload(generic, strict=False, jit_options={"error_model": "numpy"})(choose)
+        overload(generic, strict=False, jit_options=INNER)(choose)
 
     def register(self, layout: types.Type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate the implementation for `layout`."""
@@ -331,10 +331,6 @@ def four(layout):
     return 4
 
 
-def five(layout):
-    return 5
-
-
 preparers, fewests = ByLayout(prepare, as_they_are), ByLayout(fewest, three)
 quads, unpackers, panels = ByLayout(quad), ByLayout(unpack), ByLayout(multiply_panel)
 
@@ -351,21 +347,25 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
     records = prepare(layout, tile, rows_at(tile, a, a_bytes, i, token), columns, s)
     results = rows_at(tile, out, o_bytes, o, token)
     part = rows // 4
-    for r in range(part):
-        row = w + r * row_bytes
-        totals = quad(layout, tile, row, part * row_bytes, columns, records)
-        store_apart(totals, results, 4 * r, 4 * part)
-    for r in range(4 * part, rows):
-        row = w + r * row_bytes
-        store_first(quad(layout, tile, row, 0, columns, records), results, 4 * r)
+    # the last rows go through the same call: another would take as long to compile
+    for r in range(part + rows % 4):
+        whole = r < part
+        first = r if whole else r + 3 * part
+        row, stride = w + first * row_bytes, part * row_bytes if whole else 0
+        totals = quad(layout, tile, row, stride, columns, records)
+        if whole:
+            store_apart(totals, results, 4 * first, 4 * part)
+        else:
+            store_first(totals, results, 4 * first)
 
 
-def a_few(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
-    """All rows, straight from their blocks, times the tokens from t on."""
+def a_few(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    """All rows, straight from their blocks, times all tokens."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-def by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+def by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    t = 0
     while t + 2 <= tokens:
         few(layout, tile2, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
         t += 2
@@ -373,36 +373,25 @@ def by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o,
         few(layout, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
 
 
-then_by_twos = inner(by_twos)
-
-
-def by_threes(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
+def by_threes(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
+    t = 0
     while t + 3 <= tokens:
         few(layout, tile3, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
         t += 3
-    then_by_twos(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s)
-
-
-then_by_threes = inner(by_threes)
-
-
-def by_fours(layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s):
-    while t + 4 <= tokens:
-        few(layout, tile4, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
-        t += 4
-    then_by_threes(
-        layout, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, tokens, s
-    )
+    if t + 2 == tokens:
+        few(layout, tile2, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
+    elif t < tokens:
+        few(layout, tile1, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t, s)
 
 
 fews = ByLayout(a_few, by_twos)
 
 
 def wide_from_four(*layouts: Layout) -> None:
-    """Formats that meet three tokens sooner straight from their blocks; with AVX2 four as well."""
+    """Formats that meet three tokens sooner straight from their blocks than through panels."""
     for layout in layouts if BY_FOURS or SIXTEEN else ():
-        fewests.register(layout)(five if SIXTEEN else four)
-        fews.register(layout)(by_fours if SIXTEEN else by_threes)
+        fewests.register(layout)(four)
+        fews.register(layout)(by_threes)
 
 
 @inner
@@ -500,4 +489,4 @@ def multiply(
     done = ROWS * panels
     rest, to, left = w + done * row_bytes, out + 4 * done, rows - done
     if left > 0:
-        a_few(layout, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, 0, tokens, s)
+        a_few(layout, rest, row_bytes, left, columns, a, a_bytes, i, to, o_bytes, o, tokens, s)
