@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ondevice.kernels import ahead, delta, layout
 from ondevice.kernels.cache import TILE
 from ondevice.kernels.team import Team
 from ondevice.model import Model
+from ondevice.pace import Pace
 from ondevice.sampling import Sampling
 from ondevice.speculate import Prediction, head_cache_bytes, random_hook, ring_bytes
 from ondevice.state import Snapshot, State
@@ -206,6 +208,27 @@ def test_the_context_is_filled_exactly(paths: dict[str, Path]) -> None:
         for depth in DEPTHS:
             guessed = at_depth(model, depth, prompt, WILD, None, prompt + plain.tokens)
             assert same_end(plain, guessed)
+
+
+def test_guesses_take_no_part_in_a_trial_of_fewer_threads_for_plain_decoding(
+    predicting: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predicting.ahead is not None
+    pace, cycle, run = Pace(2), predicting.ahead.cycle.records, Team.run
+    while not pace.trying():
+        pace.note(1, 0.1)
+    seen = []
+
+    def spy(team: Team, records: Any, step: Any, profile: Any = None, threads: Any = None) -> None:
+        if records is cycle:
+            seen.append(threads)
+        run(team, records, step, profile, threads)
+
+    monkeypatch.setattr(predicting, "_pace", pace)
+    monkeypatch.setattr(Team, "run", spy)
+    at_depth(predicting, 1, [5, 6, 7], GREEDY, 40)
+    assert len(seen) > 1
+    assert set(seen) == {2}
 
 
 def test_cancelled_among_guesses(predicting: Model, monkeypatch: pytest.MonkeyPatch) -> None:
