@@ -289,7 +289,7 @@ class Completion:
             ahead.depth.charge(time.perf_counter() - started)
             # a short burst has room for all guesses of its cycle
             step[layout.STEPS_LEFT] = min(remaining, burst + depth + 1)
-            cycles = ahead.depth.cycles(burst // 2 if disturbed else burst)
+            cycles = ahead.depth.cycles(burst)
             seconds, figures = model.decode_ahead(state, step, depth, cycles)
             self.acceptance.add(figures)
         else:

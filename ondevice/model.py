@@ -351,6 +351,8 @@ class Model:
         """
         assert self.ahead is not None and self.ahead.ready(state) and step[layout.STEPS_LEFT] > 1
         with self._alone() as team:
+            if self._pace.trying(depth):
+                cycles = max(1, cycles // 2)
             self._begin(state, step, 1, depth, cycles)
             step[layout.STEADY] = 1
             before, started = self.ahead.figures(), time.perf_counter()

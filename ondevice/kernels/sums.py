@@ -5,6 +5,7 @@ into int32 sums, times integer scales; `add_scaled` and its like add those to fl
 fma each. Folds add lanes in a fixed order.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -16,6 +17,7 @@ from ondevice.kernels.simd import (
     F32,
     I16,
     I32,
+    Vec,
     broadcast,
     call,
     constant,
@@ -189,22 +191,24 @@ def fold_quads(typing: Any, sums: Any) -> Any:
     return sums(sums), lower
 
 
-def _halved(builder: ir.IRBuilder, x: Any, y: Any) -> ir.Value:
-    """In each quarter the two halves of x's and of y's added up: x, y, x, y."""
+def _add_pairs(builder: ir.IRBuilder, x: Any, y: Any, of_a_quarter: Sequence[int]) -> ir.Value:
+    """The lanes of quarters of x (0 .. 3) and y (4 .. 7) at these places + those two later."""
     count = x.type.count
-    lanes = [i // 4 * 4 + i % 4 // 2 + i % 2 * count for i in range(count)]
+    places = [(i // 4 * 4, of_a_quarter[i % 4]) for i in range(count)]
+    lanes = [first + place % 4 + place // 4 * count for first, place in places]
     low = shuffle_lanes(builder, x, y, lanes)
     high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
     return builder.add(low, high)
+
+
+def _halved(builder: ir.IRBuilder, x: Any, y: Any) -> ir.Value:
+    """In each quarter the two halves of x's and of y's added up: x, y, x, y."""
+    return _add_pairs(builder, x, y, (0, 4, 1, 5))
 
 
 def _halved_again(builder: ir.IRBuilder, x: Any, y: Any) -> ir.Value:
     """Of two that were `_halved` the sums of all four: x, x, y, y."""
-    count = x.type.count
-    lanes = [i // 4 * 4 + i % 2 + i % 4 // 2 * count for i in range(count)]
-    low = shuffle_lanes(builder, x, y, lanes)
-    high = shuffle_lanes(builder, x, y, [lane + 2 for lane in lanes])
-    return builder.add(low, high)
+    return _add_pairs(builder, x, y, (0, 1, 4, 5))
 
 
 @intrinsic
@@ -222,28 +226,29 @@ def fold_both(typing: Any, sums: Any, others: Any) -> Any:
     return Tile(i32x8, sums.count)(sums, sums), lower
 
 
-@intrinsic
-def others_first(typing: Any, folded: Any) -> Any:
-    """Of a tile from `fold_both`, the others where the sums were, and the other way around."""
+def _shuffled(lanes: Sequence[int], element: Any) -> Any:
+    """An intrinsic: each vector of a tile -> its lanes at these places."""
+    places = tuple(lanes)
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        lanes = [lane ^ 2 for lane in range(8)]
-        vectors = vectors_of(builder, args[0])
-        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
+    @intrinsic
+    def shuffle(typing: Any, tile: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            vectors = vectors_of(builder, args[0])
+            return tile_of(builder, [shuffle_lanes(builder, x, x, places) for x in vectors])
 
-    return folded(folded), lower
+        return Tile(Vec(element, len(places)), tile.count)(tile), lower
+
+    return shuffle
 
 
-@intrinsic
-def both_by_quarter(typing: Any, totals: Any) -> Any:
-    """Totals of what `fold_both` gives -> a tile of f32x16: those of the sums by quarter."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        lanes = [lane for lane in (0, 4, 1, 5) for _ in range(4)]
-        vectors = vectors_of(builder, args[0])
-        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
-
-    return Tile(f32x16, totals.count)(totals), lower
+others_first = _shuffled([lane ^ 2 for lane in range(8)], types.int32)
+"""Of a tile from `fold_both`, the others where the sums were, and the other way around."""
+both_by_quarter = _shuffled([lane for lane in (0, 4, 1, 5) for _ in range(4)], types.float32)
+"""Totals of what `fold_both` gives -> a tile of f32x16: those of the sums by quarter."""
+by_quarter = _shuffled([lane // 4 for lane in range(16)], types.float32)
+"""A tile of f32x4 -> a tile of f32x16: lane i in all lanes of quarter i."""
+turn_quads = _shuffled([lane % 4 * 4 + lane // 4 for lane in range(16)], types.int32)
+"""Lane i of quarter j becomes lane j of quarter i."""
 
 
 def _fold_four(builder: ir.IRBuilder, vectors: Any) -> ir.Value:
@@ -284,18 +289,6 @@ def fold_rows(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return tile_of(builder, result)
 
     return Tile(i32x4, a.count)(a, a, a, a), lower
-
-
-@intrinsic
-def turn_quads(typing: Any, sums: Any) -> Any:
-    """Lane i of quarter j becomes lane j of quarter i."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        lanes = [lane % 4 * 4 + lane // 4 for lane in range(16)]
-        vectors = vectors_of(builder, args[0])
-        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
-
-    return sums(sums), lower
 
 
 @intrinsic
@@ -370,18 +363,6 @@ def add_in_turn(typing: Any, totals: Any, parts: Any) -> Any:
         return tile_of(builder, result)
 
     return totals(totals, parts), lower
-
-
-@intrinsic
-def by_quarter(typing: Any, fours: Any) -> Any:
-    """A tile of f32x4 -> a tile of f32x16: lane i in all lanes of quarter i."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        lanes = [lane // 4 for lane in range(16)]
-        vectors = vectors_of(builder, args[0])
-        return tile_of(builder, [shuffle_lanes(builder, x, x, lanes) for x in vectors])
-
-    return Tile(f32x16, fours.count)(fours), lower
 
 
 def _add_scaled(scale_at: Any) -> Any:

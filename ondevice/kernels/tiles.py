@@ -49,7 +49,7 @@ BIASED = HAS_VNNI_512 or HAS_VNNI_256
 IN_ONE = HAS_SDOT
 WOVEN = IN_ONE and "i8mm" in FEATURES
 BY_FOURS = HAS_VNNI_512
-"""Whether one or two tokens meet four blocks of a row at once, where vectors hold them."""
+"""Whether few tokens meet four blocks of a row at once, where vectors hold them."""
 ROW_BY_ROW = HAS_VNNI_512 or SIXTEEN
 """Whether one or two tokens meet rows of Q6_K one after the other, and not four at once.
 
@@ -157,7 +157,6 @@ zero_floats = _zeros(floats_of)
 """zero_floats(tile4): float32 sums of 0."""
 zero_fours = _zeros(lambda tile: Tile(f32x4, tile.count))
 """zero_fours(tile4): float32 sums of 0, four a token."""
-
 zero_eights = _zeros(lambda tile: Tile(f32x8, tile.count))
 """zero_eights(tile4): float32 sums of 0, eight a token."""
 

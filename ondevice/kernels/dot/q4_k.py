@@ -108,7 +108,9 @@ from ondevice.kernels.tiles import (
 from quant.jit import inner
 
 Q4_K, Q5_K = Layout("Q4_K"), Layout("Q5_K")
-wide_from_four(Q4_K, Q5_K)
+wide_from_four(Q4_K)
+if SIXTEEN:
+    wide_from_four(Q5_K)
 
 # a quarter of a header is d, dmin, then 12 bytes of 6-bit scales and mins
 header_low = byte_shuffle([*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)])

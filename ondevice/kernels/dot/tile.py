@@ -347,7 +347,7 @@ def few(layout, tile, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, 
     records = prepare(layout, tile, rows_at(tile, a, a_bytes, i, token), columns, s)
     results = rows_at(tile, out, o_bytes, o, token)
     part = rows // 4
-    # the last rows go through the same call: another would take as long to compile
+    # the last rows go through the same call, so that there is one to compile
     for r in range(part + rows % 4):
         whole = r < part
         first = r if whole else r + 3 * part
