@@ -11,7 +11,10 @@ A token that is not among them is merely never guessed.
 What the text leaves free has the rows that follow the common ones.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -45,30 +48,26 @@ class Candidates:
         self._copies = memory[: RECENT * output.row_bytes].reshape(RECENT, -1)
         every = np.asarray(output.owner).reshape(-1)[: output.rows * output.row_bytes]
         self._rows = every.reshape(output.rows, -1)
-        self._place = np.full(output.rows, -1, np.int32)  # in `tokens`
-        self._had = np.zeros(RECENT, np.int64)  # when the text had it last
-        self._time = 0
+        self._places: OrderedDict[int, int] = OrderedDict()
+        """In `tokens`, by token; that of the token not had for longest comes first."""
 
     def note(self, tokens: Array) -> None:
         """The text has these tokens, int32, the latest last."""
         if len(self.matrices) == 1:
             return
-        if self._time == 0:
-            self._hold(np.arange(self.common, self.common + RECENT))
-        latest = tokens[::-1]
-        latest = latest[latest >= self.common]
-        _, first = np.unique(latest, return_index=True)
-        self._hold(latest[np.sort(first)[:RECENT]])
+        if not self._places:
+            self._places.update((-place, place) for place in range(RECENT))  # of no token
+            self._hold(range(self.common, self.common + RECENT))
+        latest = dict.fromkeys(t for t in reversed(tokens.tolist()) if t >= self.common)
+        self._hold(reversed(list(islice(latest, RECENT))))
 
-    def _hold(self, tokens: Array) -> None:
-        """Have the rows of these different tokens, in the place of those not had for longest."""
-        self._time += 1
-        places = self._place[tokens]
-        self._had[places[places >= 0]] = self._time
-        new = tokens[places < 0]
-        if len(new):
-            oldest = np.argsort(self._had, kind="stable")[: len(new)]  # mostly in order
-            self._place[self.tokens[oldest]] = -1
-            self.tokens[oldest], self._place[new] = new, oldest
-            self._had[oldest] = self._time
-            self._copies[oldest] = self._rows[new]
+    def _hold(self, tokens: Iterable[int]) -> None:
+        """Have the rows of these tokens, in the places of those not had for longest."""
+        for token in tokens:
+            if token in self._places:
+                self._places.move_to_end(token)
+            else:
+                _, place = self._places.popitem(last=False)
+                self._places[token] = place
+                self.tokens[place] = token
+                self._copies[place] = self._rows[token]

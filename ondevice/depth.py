@@ -8,7 +8,10 @@ given that those before were right. Both are learned from every cycle. A depth's
 the other depths': a machine's memory may be twice as fast a second later, so seconds of different
 times say nothing, and another depth is compared with the bursts right before and after its trial:
 medians, since what else runs spoils single bursts. Where those bursts differ, the machine changed
-meanwhile, and the trial says nothing. A cost is the median of the last trials.
+meanwhile, and the trial says nothing. Of each two depths the median of their last comparisons
+counts, and the costs are those that fit all pairs best: a depth that came into use because its
+trials flattered it must not make the others, compared with it, look cheap as well. Many short
+trials say more than a long one, which is in one moment.
 The pace, seconds per unit of cost, follows every burst. Whatever a wider batch costs (experts from
 disk, a long context) is in the costs. A depth that was never measured is taken to cost what the
 first draft did, for each of its drafts.
@@ -16,27 +19,30 @@ first draft did, for each of its drafts.
 Measuring a slower depth costs time, so a trial waits until the time since has earned it: trials
 lose no more than EARNED of it, PROMISING times that where guesses are right so often that a depth
 should pay, and HOPELESS times that where it should make less than POOR of what the one in use does.
-A trial's first burst warms up, and is not timed: what the block reads is often not in the caches
-when it has not run for long. What is learned outlives an answer. Tokens do not depend on any of
-this.
+The first burst of guesses in a trial warms up, and is not timed: what the block reads is often not
+in the caches when it has not run for long. What is learned outlives an answer. Tokens do not depend
+on any of this.
 """
 
+import math
 import statistics
 from typing import Any
+
+import numpy as np
 
 PLACES = 4
 EARNED = 0.005
 PROMISING, HOPELESS = 4, 0.5
 POOR = 0.9
 TRIAL_CYCLES = 4
-TRIAL_TOKENS = 16
+TRIAL_TOKENS = 3
 """Plain tokens of a trial of not guessing."""
-BESIDE = 3
+BESIDE = 2
 """Bursts before a trial, and as many after it, that it is compared with."""
-UNLIKE, UNHEARD = 1.3, 2
+UNLIKE, UNHEARD = 1.5, 2
 """Bursts beside a trial that differ by more make it worthless, but so many in a row at most."""
-TRIALS = 3
-"""That a cost is the median of."""
+TRIALS = 9
+"""Comparisons of two depths that count, at most."""
 BETTER = 1.02
 """Another depth must promise so much more than the one in use."""
 WINDOW = 40
@@ -63,7 +69,8 @@ class Depth:
         """Guess so many, whatever pays; for tests and trials."""
         self._least = 1 if mode == "on" else 0
         self._best = self._least
-        self._cost: list[float | None] = [None] * (PLACES + 1)  # of a cycle
+        # of a cycle, where one of the least depth costs 1
+        self._cost: list[float | None] = [None] * (PLACES + 1)
         self._pace, self._pace_weight = 1.0, 0.0  # seconds per unit of cost
         # seconds of a cycle in the last bursts, and in those before, of, and after the last trial
         self._last: list[float] = []
@@ -72,7 +79,8 @@ class Depth:
         self._after: list[float] = []
         self._tried: int | None = None  # a depth, while the bursts after its trial are awaited
         self._unheard = 0
-        self._found: list[list[float]] = [[] for _ in self._cost]  # by the last trials
+        # logarithms of a depth's cost relative to that of a smaller one, by the last trials
+        self._found: dict[tuple[int, int], list[float]] = {}
         self._right = [PRIOR * PRIOR_WEIGHT] * PLACES
         self._compared = [PRIOR_WEIGHT] * PLACES
         self._drafting = 1.0
@@ -162,7 +170,7 @@ class Depth:
             return
         each = seconds / cycles
         if self._cost[depth] is None:
-            self._cost[depth] = each  # the unit of all costs
+            self._cost[depth] = 1.0
             if depth == 0:
                 self._earned += CREDIT * each
         self._learn_cost(each)
@@ -201,13 +209,27 @@ class Depth:
             return
         self._unheard = 0
         usual = (statistics.median(self._before) + statistics.median(self._after)) / 2
-        now = base * statistics.median(self._during) / usual
-        known, found = self._cost[depth], self._found[depth]
+        found = math.log(statistics.median(self._during) / usual)
+        known = self._cost[depth]
         if known is not None:
-            found = found or [known]
-            now = min(max(now, known / CLIP), known * CLIP)
-        self._found[depth] = [*found, now][-TRIALS:]
-        self._cost[depth] = statistics.median(self._found[depth])
+            expected, most = math.log(known / base), math.log(CLIP)
+            found = min(max(found, expected - most), expected + most)
+        smaller, larger = sorted((depth, self._best))
+        earlier = self._found.get((smaller, larger), [])
+        self._found[smaller, larger] = [*earlier, found if depth == larger else -found][-TRIALS:]
+        self._fit()
+
+    def _fit(self) -> None:
+        """Costs from all comparisons, by least squares of their logarithms."""
+        system, logarithms = np.zeros((len(self._found) + 1, PLACES + 1)), [0.0]
+        system[0, self._least] = 1
+        for row, (pair, found) in enumerate(self._found.items(), start=1):
+            weight = math.sqrt(len(found))
+            system[row, pair] = -weight, weight
+            logarithms.append(weight * statistics.median(found))
+        fitted = np.linalg.lstsq(system, np.array(logarithms))[0]
+        for depth in {depth for pair in self._found for depth in pair}:
+            self._cost[depth] = math.exp(fitted[depth])
 
     def _learn_pace(self, depth: int, cycles: int, each: float) -> None:
         now = each / (self._cost[depth] or each)
@@ -238,8 +260,8 @@ class Depth:
             promising = min(near or others, key=lambda d: self._tried_at[d])
         cycles = TRIAL_CYCLES if promising else TRIAL_TOKENS
         if self._earned >= self._loss(promising, 1 + cycles) / self._patience(promising):
-            self._trial, self._trial_left, self._warm = promising, cycles, False
-            self._during = []
+            self._trial, self._trial_left = promising, cycles
+            self._warm, self._during = promising == 0, []
 
     def _patience(self, depth: int) -> float:
         """How many times EARNED a trial may lose."""
