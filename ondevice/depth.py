@@ -227,7 +227,7 @@ class Depth:
             weight = math.sqrt(len(found))
             system[row, pair] = -weight, weight
             logarithms.append(weight * statistics.median(found))
-        fitted = np.linalg.lstsq(system, np.array(logarithms))[0]
+        fitted = np.linalg.lstsq(system, np.array(logarithms), rcond=None)[0]
         for depth in {depth for pair in self._found for depth in pair}:
             self._cost[depth] = math.exp(fitted[depth])
 
