@@ -50,6 +50,7 @@ from ondevice.kernels.simd import (
     store_some,
     zero,
 )
+from ondevice.kernels.tiles import SIXTEEN
 from quant.jit import inner
 
 L2_EPSILON = np.float32(1e-6)
@@ -201,10 +202,34 @@ def moved(s, to, i, k, d, g):
 
 
 @inner
-def move_and_read_out(s, other, to, other_to, size, k, d, e, g, next_k, next_q, after):
-    """Two column blocks moved on, by d and e, and `read_out` of them for the next token.
+def move_and_read_out(s, to, size, k, d, g, next_k, next_q, after):
+    """A column block moved on by d, and `read_out` of it for the next token.
 
     The row of the token after that lies `after` bytes later.
+    """
+    key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
+    for i in range(0, size - 1, 2):
+        prefetch(next_k + 4 * i + after)
+        prefetch(next_q + 4 * i + after)
+        even = moved(s, to, i, k, d, g)
+        key0 = fma(even, load_f32(next_k + 4 * i), key0)
+        query0 = fma(even, load_f32(next_q + 4 * i), query0)
+        odd = moved(s, to, i + 1, k, d, g)
+        key1 = fma(odd, load_f32(next_k + 4 * i + 4), key1)
+        query1 = fma(odd, load_f32(next_q + 4 * i + 4), query1)
+    if size % 2 == 1:
+        i = size - 1
+        last = moved(s, to, i, k, d, g)
+        key0 = fma(last, load_f32(next_k + 4 * i), key0)
+        query0 = fma(last, load_f32(next_q + 4 * i), query0)
+    return key0 + key1, query0 + query1
+
+
+@inner
+def move_and_read_out_both(s, other, to, other_to, size, k, d, e, g, next_k, next_q, after):
+    """The same of two column blocks by d and e, at once: registers for that are more than SIXTEEN.
+
+    Rows of k and q are then read once.
     """
     key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
     key2, key3, query2, query3 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
@@ -269,9 +294,15 @@ def move_pair(op, step, pair, scratch):
             to = s if t < kept else copy
             other_to = other if t < kept else other_copy
             next_k, next_q = k + qkv_bytes, q + qkv_bytes
-            key, query, other_key, other_query = move_and_read_out(
-                s, other, to, other_to, size, k, d, e, g, next_k, next_q, qkv_bytes
-            )
+            if SIXTEEN:
+                key, query = move_and_read_out(s, to, size, k, d, g, next_k, next_q, qkv_bytes)
+                other_key, other_query = move_and_read_out(
+                    other, other_to, size, k, e, g, next_k, next_q, qkv_bytes
+                )
+            else:
+                key, query, other_key, other_query = move_and_read_out_both(
+                    s, other, to, other_to, size, k, d, e, g, next_k, next_q, qkv_bytes
+                )
             s, other = to, other_to
             k, q, v = next_k, next_q, v + qkv_bytes
             prefetch(v + qkv_bytes)
