@@ -40,6 +40,7 @@ from ondevice.kernels.layout import (
 from ondevice.kernels.norm import squared_length
 from ondevice.kernels.operation import operation
 from ondevice.kernels.simd import (
+    FEATURES,
     f32x16,
     load,
     load_f32,
@@ -50,11 +51,12 @@ from ondevice.kernels.simd import (
     store_some,
     zero,
 )
-from ondevice.kernels.tiles import SIXTEEN
 from quant.jit import inner
 
 L2_EPSILON = np.float32(1e-6)
 MOST_TENTATIVE = 4
+BOTH = "avx512f" in FEATURES
+"""Whether registers hold what is summed up of two column blocks: only 32 of 64 bytes do."""
 
 
 @inner
@@ -227,10 +229,7 @@ def move_and_read_out(s, to, size, k, d, g, next_k, next_q, after):
 
 @inner
 def move_and_read_out_both(s, other, to, other_to, size, k, d, e, g, next_k, next_q, after):
-    """The same of two column blocks by d and e, at once: registers for that are more than SIXTEEN.
-
-    Rows of k and q are then read once.
-    """
+    """The same of two column blocks, by d and e, at once: rows of k and q are read once."""
     key0, key1, query0, query1 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
     key2, key3, query2, query3 = zero(f32x16), zero(f32x16), zero(f32x16), zero(f32x16)
     for i in range(0, size - 1, 2):
@@ -294,14 +293,14 @@ def move_pair(op, step, pair, scratch):
             to = s if t < kept else copy
             other_to = other if t < kept else other_copy
             next_k, next_q = k + qkv_bytes, q + qkv_bytes
-            if SIXTEEN:
+            if BOTH:
+                key, query, other_key, other_query = move_and_read_out_both(
+                    s, other, to, other_to, size, k, d, e, g, next_k, next_q, qkv_bytes
+                )
+            else:
                 key, query = move_and_read_out(s, to, size, k, d, g, next_k, next_q, qkv_bytes)
                 other_key, other_query = move_and_read_out(
                     other, other_to, size, k, e, g, next_k, next_q, qkv_bytes
-                )
-            else:
-                key, query, other_key, other_query = move_and_read_out_both(
-                    s, other, to, other_to, size, k, d, e, g, next_k, next_q, qkv_bytes
                 )
             s, other = to, other_to
             k, q, v = next_k, next_q, v + qkv_bytes
