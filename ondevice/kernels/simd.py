@@ -371,7 +371,7 @@ def store_some(typing: Any, address: Any, value: Any, count: Any) -> Any:
     """Store the first min(count, 16) lanes of an f32x16.
 
     Whole vectors go by a store without mask. One with a mask takes AMD's processors with AVX2 a
-    dozen cycles, and ARM's, which have none, some fifty instructions.
+    dozen cycles, and ARM's, which have none, over a hundred instructions.
     """
     kind = llvm_type(f32x16)
 
