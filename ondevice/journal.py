@@ -3,7 +3,8 @@
     sessions/NAME/lock       held by the one process that has the session open
     sessions/NAME/journal    what was said: records, appended as it happens
     sessions/NAME/answer     the running answer, token by token (answer_file.py)
-    sessions/NAME/state/     states at the ends of answers (state_folder.py)
+    sessions/NAME/state/     states at the ends of answers, and of a long one that runs, the last
+                             of each so many tokens (state_folder.py)
 
 Records of the journal, each a JSON object and then tokens (int32):
 
@@ -58,6 +59,8 @@ SLACK = 1 << 16
 """Bytes of a journal that are not worth rewriting it."""
 MEMORIES = 512 << 20
 """Bytes of memories that a session keeps on disk, beside the newest two."""
+STRIDE = 512
+"""Tokens of a running answer between two states that are kept, each in place of the one before."""
 NAME_LIMIT = 64
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _LENGTH = struct.Struct("<I")
@@ -206,6 +209,8 @@ class Journal:
         self._file: BinaryIO | None = None
         self._size = 0
         self._answered = 0  # tokens of the running answer that are written
+        self._kept = 0  # tokens that the last state taken or found here had
+        self._midway: int | None = None  # the same of a state within the running answer
         self._answer = AnswerFile(path.with_name("answer"))
         self._settings: Any = None
         self._given_up = self._stateless = self._unmapped = False
@@ -230,6 +235,7 @@ class Journal:
         history that the decode loop is to write; None where that cannot be had.
         """
         self._answered = 0
+        self._midway = None
         tag = secrets.token_bytes(TAG_BYTES)
         self._settings = _settings(session)
         described = self._settings | {
@@ -249,6 +255,12 @@ class Journal:
         if new:
             self._guarded(lambda: self._append(b"more", {}, new))
 
+    def passed(self, session: "Session", answer: list[int]) -> None:
+        """The state has these tokens of the running answer; keep it if it has come far."""
+        if session.position - self._kept >= STRIDE:
+            self._keep_state(session, answer)
+            self._midway = self._kept
+
     def rest(self, session: "Session") -> None:
         """An answer is over, and the state one to come back to."""
         self._guarded(lambda: self._end_answer(session))
@@ -256,8 +268,9 @@ class Journal:
 
     def reached(self, session: "Session") -> None:
         """A prompt is taken in; keep the state if that would save much reading."""
-        last = max(memories(self._states, session._tokens[: session.position]), default=0)
-        if session.position - last >= BLOCK:
+        found = memories(self._states, session._tokens[: session.position])
+        self._kept = max(found, default=0)
+        if session.position - self._kept >= BLOCK:
             self._keep_state(session)
 
     def close(self, session: "Session") -> None:
@@ -361,14 +374,20 @@ class Journal:
         if self._size > 2 * (4 * len(session._tokens) + texts) + SLACK:
             self._rewrite(session)
 
-    def _keep_state(self, session: "Session") -> None:
-        """Save the state, and remove what is not of these tokens or is too much."""
-        tokens = session._tokens[: session.position]
+    def _keep_state(self, session: "Session", answer: Sequence[int] = ()) -> None:
+        """Save the state, and remove what is not of these tokens or is too much.
+
+        answer: tokens of the running answer, which the session does not count yet.
+        """
+        tokens = [*session._tokens, *answer][: session.position]
+        self._kept = len(tokens)
         if self._given_up or self._stateless or not tokens:
             return
         try:
             needed = set(self._states.save(tokens, session._state))
             kept = memories(self._states, tokens)
+            if self._midway is not None and self._midway < len(tokens):
+                kept.pop(self._midway, None)
             most = 2 + MEMORIES // self._states.memory_bytes
             while len(kept) > most:
                 del kept[thinned(sorted(kept))]

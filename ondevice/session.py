@@ -279,7 +279,7 @@ class Session:
             self.sampling,
             when_reached=reached,
             stops=[*stops, head],
-            when_taken=None if journal is None else lambda _: journal.more(self._answer_tokens()),
+            when_taken=None if journal is None else lambda _: self._taken(),
             when_ended=None if journal is None else self._finish,
             history=written,
         )
@@ -291,6 +291,12 @@ class Session:
         other = [*self._system_message(), {"role": "user", "content": "?"}]
         head = common_prefix(tokens, self.model.template.encode(other))
         return head if LONG_SYSTEM <= head < len(tokens) else 0
+
+    def _taken(self) -> None:
+        """The running answer has come further, and nobody has seen that yet."""
+        assert self.journal is not None
+        self.journal.more(self._answer_tokens())
+        self.journal.passed(self, self._answer_tokens())
 
     def _answer_tokens(self) -> list[int]:
         return self.last.tokens if self.last is not None else []

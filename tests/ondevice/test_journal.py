@@ -23,6 +23,7 @@ from ondevice.model import Model
 from ondevice.sampling import Sampling
 from ondevice.session import Session
 from ondevice.state import State
+from ondevice.state_folder import StateFolder
 from quant.errors import Error, ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -315,6 +316,32 @@ def test_a_disk_that_fills_up(what: str, endless: Model, monkeypatch: pytest.Mon
 # ---- growth ----
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_long_answer_is_not_read_again(
+    depth: int, endless: Model, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "STRIDE", 64)
+    monkeypatch.setattr(endless.ahead.depth, "fixed", depth)
+    plain = Session(endless, None, GREEDY).send("Who are you?")
+    take(plain, 700)
+    session = open_session(endless, "one", sampling=GREEDY)
+    folder = own_cache / "sessions" / "one"
+    answer = session.send("Who are you?")
+    for number, _ in enumerate(islice(answer.ids(), 700)):
+        if number % 100 == 99:
+            shutil.copytree(folder, own_cache / "sessions" / f"killed {number}")
+    assert len(list((folder / "state").glob("*.memory"))) == 1  # the newest
+    assert answer.tokens[:700] == plain.tokens[:700]
+    session.close()
+    assert len(list((folder / "state").glob("*.memory"))) == 1  # the end's
+    for number in range(99, 700, 100):
+        killed = open_session(endless, f"killed {number}", must_exist=True)
+        assert len(killed._tokens) - killed.position <= 64 + 16
+        assert killed._tokens == session._tokens[: len(killed._tokens)]
+        assert_fresh(killed)
+        killed.close()
+
+
 def test_a_session_takes_no_more_than_it_needs(
     endless: Model, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,9 +468,9 @@ def kill_and_open(model: Model, folder: Path, moments: int) -> tuple[int, int, i
     """
     folder.mkdir()
     chance = random.Random(moments)
-    replayed, lost, rescued = [], [], 0
+    resumed, lost, rescued = 0, [], 0
     for seed in range(10 * moments):
-        if seed >= moments and lost:
+        if seed >= moments and lost and resumed:
             break
         child = start(folder, model.path, seed)
         assert child.stdout is not None
@@ -465,10 +492,12 @@ def kill_and_open(model: Model, folder: Path, moments: int) -> tuple[int, int, i
         if before is not None and not changes & {*lines[before + 1 :]}:
             shown = [int(token) for token in lines[before].split()]
             assert session._tokens[: len(shown)] == shown
+        kept = journal.memories(StateFolder(folder / "sessions/one/state", model), session._tokens)
+        assert session.position == max(kept, default=0)
+        resumed += session.position > 0
         assert_fresh(session)
-        replayed.append(len(session._tokens) - session.position)
         session.close()
-    assert min(replayed) < 200
+    assert resumed
     return len(lost), rescued, max(lost)
 
 
