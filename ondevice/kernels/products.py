@@ -27,15 +27,18 @@ from ondevice.kernels.simd import (
     I16,
     I32,
     I64,
+    broadcast,
     call,
     constant,
     i16x16,
     i16x32,
+    i32x8,
     join,
     llvm_type,
     load_from,
     part,
     shuffle_lanes,
+    u8x32,
     u8x64,
 )
 from ondevice.kernels.tiles import (
@@ -71,6 +74,14 @@ def _maddubs(builder: ir.IRBuilder, w: Any, a: Any) -> ir.Value:
     return call(builder, f"llvm.x86.{name}", ir.VectorType(I16, lanes // 2), [w, a])
 
 
+def _unsigned(builder: ir.IRBuilder, w: Any, a: Any) -> tuple[Any, Any]:
+    """Factors with the same products, the first of which are not negative."""
+    zeros = constant(w.type, None)
+    negative = builder.icmp_signed("<", w, zeros)
+    positive = builder.select(negative, builder.sub(zeros, w), w)
+    return positive, builder.select(negative, builder.sub(zeros, a), a)
+
+
 def by_registers(builder: ir.IRBuilder, emit: Any, *operands: Any) -> ir.Value:
     """emit for all operands at once where vectors have 64 bytes, else for parts of them."""
     pieces = 1 if HAS_AVX512BW else 2 if HAS_AVX2 else 4
@@ -102,13 +113,8 @@ def _dot(builder: ir.IRBuilder, dots: Any, w: Any, a: Any, full: bool) -> ir.Val
         return call(builder, f"llvm.x86.avx512.vpdpbusd.{lanes * 32}", total.type, [total, w, a])
 
     def pairs(total: Any, w: Any, a: Any) -> Any:
-        if full:  # unsigned weights, the sign goes over to the activation
-            zeros = constant(w.type, None)
-            negative = builder.icmp_signed("<", w, zeros)
-            w, a = (
-                builder.select(negative, builder.sub(zeros, w), w),
-                builder.select(negative, builder.sub(zeros, a), a),
-            )
+        if full:
+            w, a = _unsigned(builder, w, a)
         return builder.add(total, _maddubs(builder, w, a))
 
     def neon(total: Any, w: Any, a: Any) -> Any:
@@ -259,6 +265,40 @@ def codes_dot(typing: Any, dots: Any, w: Any, codes: Any) -> Any:
         return tile_of(builder, [_dot(builder, x, args[1], a, False) for x, a in pairs])
 
     return dots(dots, u8x64, codes), lower
+
+
+def _two_dots(dot: Any, element: Any) -> Any:
+    @intrinsic
+    def dots(typing: Any, kind: Any, low: Any, high: Any, rows: Any, offset: Any) -> Any:
+        result = Tile(element, kind.instance_type.count)
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            sums = []
+            for at in places_of(builder, args[3], args[4]):
+                places = [at, builder.add(at, constant(I64, 32))]
+                codes = [load_from(builder, place, llvm_type(u8x32)) for place in places]
+                products = [dot(builder, *pair) for pair in zip(args[1:3], codes, strict=True)]
+                sums.append(builder.add(*products))
+            return tile_of(builder, sums)
+
+        return result(kind, u8x32, u8x32, addresses_of(kind.instance_type), types.int64), lower
+
+    return dots
+
+
+def _maddubs_of_bytes(builder: ir.IRBuilder, w: Any, a: Any) -> ir.Value:
+    """Sums of four products of signed bytes."""
+    pairs = _maddubs(builder, *_unsigned(builder, w, a))
+    return add_word_pairs(builder, pairs, broadcast(builder, constant(I16, 1), 16))
+
+
+two_dots = _two_dots(_maddubs, i16x16)
+"""(tile, low, high, rows, offset) -> low * the tokens' 32 codes there + high * the next 32.
+
+low, high: u8x32 of codes up to 63. With AVX2 only; a lane is a sum of four products, int16.
+"""
+two_dots_bytes = _two_dots(_maddubs_of_bytes, i32x8)
+"""The same of full bytes; a lane is a sum of eight products, int32."""
 
 
 def _rows_by_lanes(builder: ir.IRBuilder, pieces: Any, codes: list[Any], columns: int) -> list[Any]:

@@ -12,6 +12,7 @@ from ondevice.kernels.simd import (
     I8,
     I16,
     I32,
+    I64,
     X86,
     Vec,
     broadcast,
@@ -19,6 +20,7 @@ from ondevice.kernels.simd import (
     constant,
     f32x16,
     half_to_float,
+    i16x8,
     i16x16,
     i16x32,
     join,
@@ -26,6 +28,8 @@ from ondevice.kernels.simd import (
     load_from,
     part,
     shuffle_lanes,
+    u8x8,
+    u8x32,
     u8x64,
     u32x16,
 )
@@ -133,7 +137,7 @@ def quarters_lowered(shifts: Sequence[int]) -> Any:
 
 
 def byte_table(values: Sequence[int]) -> Any:
-    """An intrinsic: each byte (0 .. 15) of a u8x64 -> the int8 value of that number."""
+    """An intrinsic: each byte (0 .. 15) of a vector -> the int8 value of that number."""
     assert len(values) == 16
     table = [constant(I8, value & 255) for value in values]
 
@@ -143,10 +147,11 @@ def byte_table(values: Sequence[int]) -> Any:
             def shuffled(name: str, lanes: int) -> Any:
                 kind = ir.VectorType(I8, lanes)
                 rows = constant(kind, table * (lanes // 16))
-                parts = [part(builder, args[0], i, lanes) for i in range(0, 64, lanes)]
+                starts = range(0, numbers.lanes, lanes)
+                parts = [part(builder, args[0], start, lanes) for start in starts]
                 return join(builder, [call(builder, name, kind, [rows, x]) for x in parts])
 
-            if "avx512bw" in FEATURES:
+            if "avx512bw" in FEATURES and numbers.lanes == 64:
                 return shuffled("llvm.x86.avx512.pshuf.b.512", 64)
             if "avx2" in FEATURES:
                 return shuffled("llvm.x86.avx2.pshuf.b", 32)
@@ -154,13 +159,13 @@ def byte_table(values: Sequence[int]) -> Any:
                 return shuffled("llvm.aarch64.neon.tbl1.v16i8", 16)
             result = constant(args[0].type, None)
             for number, value in enumerate(table):
-                same = builder.icmp_signed(
-                    "==", args[0], broadcast(builder, constant(I8, number), 64)
-                )
-                result = builder.select(same, broadcast(builder, value, 64), result)
+                every = broadcast(builder, constant(I8, number), numbers.lanes)
+                same = builder.icmp_signed("==", args[0], every)
+                value = broadcast(builder, value, numbers.lanes)
+                result = builder.select(same, value, result)
             return result
 
-        return u8x64(u8x64), lower
+        return numbers(numbers), lower
 
     return look_up
 
@@ -179,18 +184,19 @@ def each_bit(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def exponent_scale(typing: Any, exponents: Any) -> Any:
-    """2 ** (e - 128) for a u32x16 of e in 0 .. 255, as f32x16."""
+    """2 ** (e - 128) for a vector of u32 e in 0 .. 255, as float32."""
+    result = Vec(types.float32, exponents.lanes)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         def filled(value: int) -> Any:
-            return broadcast(builder, constant(I32, value), 16)
+            return broadcast(builder, constant(I32, value), result.lanes)
 
         normal = builder.shl(builder.sub(args[0], filled(1)), filled(23))
         subnormal = builder.shl(filled(1 << 21), builder.and_(args[0], filled(1)))
         small = builder.icmp_unsigned("<", args[0], filled(2))
-        return builder.bitcast(builder.select(small, subnormal, normal), llvm_type(f32x16))
+        return builder.bitcast(builder.select(small, subnormal, normal), llvm_type(result))
 
-    return f32x16(u32x16), lower
+    return result(exponents), lower
 
 
 def half_in_each(place: int) -> Any:
@@ -242,6 +248,49 @@ def load_quad(typing: Any, address: Any, stride: Any) -> Any:
         return join(builder, pieces)
 
     return u8x64(types.intp, types.intp), lower
+
+
+@intrinsic
+def load_two(typing: Any, address: Any, stride: Any) -> Any:
+    """16 bytes at address and at address + stride, as a u8x32."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = [args[0], builder.add(args[0], args[1])]
+        pieces = [load_from(builder, at, ir.VectorType(I8, 16)) for at in places]
+        return join(builder, pieces)
+
+    return u8x32(types.intp, types.intp), lower
+
+
+def _heads(kind: Vec) -> Any:
+    """Numbers are put together by scalar instructions: shuffles are what products wait for."""
+    vector = llvm_type(kind)
+    width = vector.element.width
+
+    @intrinsic
+    def heads(typing: Any, address: Any, row_bytes: Any, block_bytes: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            numbers = []
+            for at in (args[0], builder.add(args[0], args[2])):
+                for _ in range(4):
+                    numbers.append(builder.zext(load_from(builder, at, vector.element), I64))
+                    at = builder.add(at, args[1])
+            words, count = [], 64 // width
+            for first in range(0, 8, count):
+                word = numbers[first]
+                for i in range(1, count):
+                    moved = builder.shl(numbers[first + i], constant(I64, width * i))
+                    word = builder.or_(word, moved)
+                words.append(broadcast(builder, word, 1))
+            return builder.bitcast(join(builder, words), vector)
+
+        return kind(types.intp, types.intp, types.intp), lower
+
+    return heads
+
+
+load_head_words, load_head_bytes = _heads(i16x8), _heads(u8x8)
+"""What the blocks of four rows begin with, then their next blocks: two bytes, or one, of each."""
 
 
 @intrinsic

@@ -21,6 +21,7 @@ from ondevice.kernels.simd import (
     broadcast,
     call,
     constant,
+    f32x8,
     f32x16,
     i16x32,
     i32x4,
@@ -274,6 +275,85 @@ def fold_four(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return tile_of(builder, [_fold_four(builder, vectors) for vectors in columns])
 
     return a(a, a, a, a), lower
+
+
+def _add_pieces(builder: ir.IRBuilder, x: Any, y: Any, bits: int) -> ir.Value:
+    """In each half every other piece of x's, then of y's, + the pieces between them."""
+    kind, same, count = ir.VectorType(ir.IntType(bits), 256 // bits), x.type, 128 // bits
+    even = [
+        source + half + i
+        for half in (0, count)
+        for source in (0, 2 * count)
+        for i in range(0, count, 2)
+    ]
+    x, y = builder.bitcast(x, kind), builder.bitcast(y, kind)
+    pieces = (shuffle_lanes(builder, x, y, [i + odd for i in even]) for odd in (0, 1))
+    return builder.add(*(builder.bitcast(piece, same) for piece in pieces))
+
+
+def _fold_two(fitting: int) -> Any:
+    """fitting: how many additions of lanes fit int16, where lanes are of that."""
+
+    @intrinsic
+    def fold(typing: Any, a: Any, b: Any, c: Any, d: Any, rows: Any, offset: Any) -> Any:
+        sums = Tile(i32x8, a.count)
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            def widened(vectors: list[Any], additions: int) -> list[Any]:
+                if additions != fitting:
+                    return vectors
+                ones = broadcast(builder, constant(I16, 1), 16)
+                return [add_word_pairs(builder, vector, ones) for vector in vectors]
+
+            result = []
+            columns = zip(*(vectors_of(builder, tile) for tile in args[:4]), strict=True)
+            for place, (x, y, z, w) in zip(
+                places_of(builder, args[4], args[5]), columns, strict=True
+            ):
+                pairs = [_add_pieces(builder, x, y, 64), _add_pieces(builder, z, w, 64)]
+                first, second = widened(pairs, 1)
+                four = _add_pieces(builder, first, second, 32)
+                surplus = load_from(builder, place, llvm_type(i32x8))
+                result.append(builder.add(*widened([four], 2), surplus))
+            return tile_of(builder, result)
+
+        return sums(a, a, a, a, addresses_of(sums), types.int64), lower
+
+    return fold
+
+
+fold_two_sums = _fold_two(0)
+"""Sums of the halves of four tiles of eight int32 + the tokens' eight int32 at address + offset.
+
+Lane i of a half is the sum of that of the i-th tile. With AVX2 only.
+"""
+fold_two_pairs = _fold_two(1)
+"""The same of tiles of sixteen int16, two of which must fit int16 when added up."""
+fold_two_fours = _fold_two(2)
+"""The same where four of them must."""
+
+
+@intrinsic
+def add_two_in_turn(typing: Any, totals: Any, sums: Any, d: Any, rows: Any, offset: Any) -> Any:
+    """totals (f32x4) + the first half of float(sums) * (d * the tokens' eight floats there), by one
+    fma, + the second half."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        eight, result = llvm_type(f32x8), []
+        places = places_of(builder, args[3], args[4])
+        values = zip(
+            places, vectors_of(builder, args[0]), vectors_of(builder, args[1]), strict=True
+        )
+        for place, total, integers in values:
+            scale = builder.fmul(args[2], load_from(builder, place, eight))
+            floats = builder.sitofp(integers, eight)
+            for half in (0, 4):
+                operands = [part(builder, x, half, 4) for x in (floats, scale)]
+                total = call(builder, "llvm.fma.v4f32", total.type, [*operands, total])
+            result.append(total)
+        return tile_of(builder, result)
+
+    return totals(totals, sums, d, addresses_of(sums), types.int64), lower
 
 
 @intrinsic

@@ -15,6 +15,7 @@ Block layouts: quant/q8_0.py, q4_0.py, ..., mxfp4.py.
 
 import numpy as np
 
+from ondevice.kernels.dot.block import BLOCK, scale_at, sums_at
 from ondevice.kernels.dot.tile import (
     ByLayout,
     D,
@@ -28,12 +29,22 @@ from ondevice.kernels.dot.tile import (
     low_four,
     multiply,
     panels,
+    preparers,
     quads,
     raised,
     unpackers,
+    wide_from_four,
     wide_from_two,
     woven_high,
     woven_low,
+)
+from ondevice.kernels.dot.two_blocks import (
+    TWO,
+    five_bit_twos,
+    full_twos,
+    prepare_two_blocks,
+    two_codes,
+    two_scales,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -50,19 +61,35 @@ from ondevice.kernels.shuffles import (
     exponent_scale,
     half_in_each,
     half_words,
+    halves,
+    load_head_bytes,
+    load_head_words,
     load_quad,
+    load_two,
 )
-from ondevice.kernels.simd import bitcast, f32x16, load, store, u8x64, u32x16, zero
+from ondevice.kernels.simd import (
+    bitcast,
+    convert,
+    f32x16,
+    load,
+    store,
+    u8x64,
+    u32x8,
+    u32x16,
+    zero,
+)
 from ondevice.kernels.sums import (
     add_multiple,
     add_scaled,
     begin_dots,
+    by_quarter,
     end_dots,
     fold_quads,
 )
 from ondevice.kernels.tiles import (
     BIASED,
     IN_ONE,
+    SIXTEEN,
     STEPS_4,
     STEPS_5,
     STEPS_FULL,
@@ -75,7 +102,6 @@ from ondevice.kernels.tiles import (
 )
 from quant.jit import inner
 
-BLOCK = 32
 NAMES = ("Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q8_0")
 Q4_1, Q5_0, Q5_1, MXFP4, Q8_0 = (Layout(name) for name in NAMES)
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -105,7 +131,11 @@ def unpack_block(layout, w, row_bytes, codes, d, m):
 
 
 quad_blocks, block_unpackers = ByLayout(quad_block), ByLayout(unpack_block)
-wide_from_two(Q4_1, Q5_0, Q5_1, MXFP4, Q8_0)
+wide_from_two(Q4_1, Q5_0, Q5_1)
+if SIXTEEN:
+    wide_from_four(MXFP4, Q8_0)
+else:
+    wide_from_two(MXFP4, Q8_0)
 
 
 @inner
@@ -224,17 +254,6 @@ def unpack_q8_0(layout, w, row_bytes, codes, d, m):
 
 
 # ---- four rows ----
-
-
-@inner
-def sums_at(columns, b):
-    """Where in a record -8 times the sum of block b is."""
-    return columns + columns // BLOCK * 4 + 4 * b
-
-
-@inner
-def scale_at(columns, b):
-    return columns + 4 * b
 
 
 @inner
@@ -459,7 +478,25 @@ def multiply_q5_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, t
 
 @quads.register(MXFP4)
 def mxfp4_quads(layout, tile, w, row_bytes, columns, rows):
+    if SIXTEEN and columns % TWO == 0:
+        return by_quarter(five_bit_twos(MXFP4, 17, tile, w, row_bytes, columns, rows))
     return small_quads(MXFP4, 17, 2, tile, w, row_bytes, columns, rows)
+
+
+@preparers.register(MXFP4)
+def mxfp4_prepared(layout, tile, rows, columns, s):
+    return prepare_two_blocks(tile, rows, columns, s, 2)
+
+
+@two_codes.register(MXFP4)
+def mxfp4_two_codes(layout, block):
+    numbers = load_two(block + 1, 17)
+    return mxfp4_codes(low_four(numbers)), mxfp4_codes(high_four(numbers))
+
+
+@two_scales.register(MXFP4)
+def mxfp4_two_scales(layout, block, row_bytes):
+    return exponent_scale(convert(u32x8, load_head_bytes(block, row_bytes, 17)))
 
 
 @unpackers.register(MXFP4)
@@ -480,7 +517,24 @@ def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, 
 
 @quads.register(Q8_0)
 def q8_0_quads(layout, tile, w, row_bytes, columns, rows):
+    if SIXTEEN and columns % TWO == 0:
+        return by_quarter(full_twos(Q8_0, 34, tile, w, row_bytes, columns, rows))
     return full_quads(Q8_0, 34, tile, w, row_bytes, columns, rows)
+
+
+@preparers.register(Q8_0)
+def q8_0_prepared(layout, tile, rows, columns, s):
+    return prepare_two_blocks(tile, rows, columns, s, BIAS_FACTOR)
+
+
+@two_codes.register(Q8_0)
+def q8_0_two_codes(layout, block):
+    return load_two(block + 2, 34), load_two(block + 18, 34)
+
+
+@two_scales.register(Q8_0)
+def q8_0_two_scales(layout, block, row_bytes):
+    return halves(load_head_words(block, row_bytes, 34))
 
 
 @unpackers.register(Q8_0)

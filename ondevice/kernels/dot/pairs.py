@@ -22,9 +22,9 @@ Block layouts: quant/q4_0.py, iq4_nl.py.
 
 import numpy as np
 
+from ondevice.kernels.dot.block import BLOCK, scale_at, sums_at
 from ondevice.kernels.dot.blocks import (
     BIAS_FACTOR,
-    BLOCK,
     add_full_block,
     add_full_panel,
     add_small_block,
@@ -32,8 +32,6 @@ from ondevice.kernels.dot.blocks import (
     block_unpackers,
     first_half,
     quad_blocks,
-    scale_at,
-    sums_at,
     unpack_blocks,
     unpack_d,
     unpack_nibbles,
@@ -54,14 +52,25 @@ from ondevice.kernels.dot.tile import (
     quads,
     rows_at,
     unpackers,
+    wide_from_four,
     wide_from_two,
+)
+from ondevice.kernels.dot.two_blocks import (
+    TWO,
+    four_bit_twos,
+    full_twos,
+    prepare_two_blocks,
+    two_codes,
+    two_scales,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import codes_at, codes_dot, halves_of_four_blocks, wide_dot
 from ondevice.kernels.shuffles import (
     halves,
     lane_shuffle,
+    load_head_words,
     load_quad,
+    load_two,
     pair_shuffle,
     unmerged,
     with_last_quarter,
@@ -80,6 +89,7 @@ from ondevice.kernels.sums import (
 from ondevice.kernels.tiles import (
     BY_FOURS,
     NIBBLES,
+    SIXTEEN,
     STEPS_4,
     load_floats,
     spread,
@@ -97,7 +107,9 @@ FOUR = 4 * BLOCK_BYTES
 PREPARED = 256
 """Bytes of four blocks of a token in scratch."""
 Q4_0, IQ4_NL = Layout("Q4_0"), Layout("IQ4_NL")
-if not BY_FOURS:
+if SIXTEEN:
+    wide_from_four(Q4_0, IQ4_NL)
+elif not BY_FOURS:
     wide_from_two(Q4_0, IQ4_NL)
 
 # ---- what the two formats differ in ----
@@ -123,8 +135,14 @@ def add_panel_block(layout, totals, tile, panel, rows, columns, start, i):
     raise NotImplementedError("only inside compiled kernels")
 
 
+def twos(layout, tile, w, row_bytes, columns, rows):
+    """Four rows, two blocks at a time, by two_blocks.py."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
 values, factors = ByLayout(values_of), ByLayout(factor_of)
 adders, panel_adders = ByLayout(add_block), ByLayout(add_panel_block)
+ways_by_twos = ByLayout(twos)
 
 
 @values.register(Q4_0)
@@ -196,6 +214,16 @@ def quad_iq4_nl(layout, block, row_bytes):
     return low, high, first_half(header), zero(f32x16)
 
 
+@ways_by_twos.register(Q4_0)
+def twos_of_q4_0(layout, tile, w, row_bytes, columns, rows):
+    return four_bit_twos(Q4_0, BLOCK_BYTES, tile, w, row_bytes, columns, rows)
+
+
+@ways_by_twos.register(IQ4_NL)
+def twos_of_iq4_nl(layout, tile, w, row_bytes, columns, rows):
+    return full_twos(IQ4_NL, BLOCK_BYTES, tile, w, row_bytes, columns, rows)
+
+
 @block_unpackers.register(Q4_0)
 def unpack_q4_0(layout, w, row_bytes, codes, d, m):
     unpack_d(w, row_bytes, d)
@@ -239,7 +267,7 @@ def prepare_fours(layout, tile, rows, columns, s):
             # floats are moved as integers
             store_vectors(result, to + 192, add_by_quarter(none, rows, scale_at(columns, b), 1))
         return result
-    return rows
+    return prepare_two_blocks(tile, rows, columns, s, factor_of(layout))
 
 
 @inner
@@ -291,6 +319,8 @@ def fours_of_quads(layout, tile, w, row_bytes, columns, rows):
 
 
 def multiply_quad(layout, tile, w, row_bytes, columns, rows):
+    if SIXTEEN and columns % TWO == 0:
+        return by_quarter(twos(layout, tile, w, row_bytes, columns, rows))
     if BY_FOURS and columns % (4 * BLOCK) == 0:
         return by_quarter(fours_of_quads(layout, tile, w, row_bytes, columns, rows))
     totals, blocks = zero_floats(tile), columns // BLOCK
@@ -324,6 +354,15 @@ def multiply_blocks(layout, tile, panel, rows, columns, start, size, totals, lat
     store_floats(totals, total)
 
 
+def codes_of_neighbours(layout, block):
+    numbers = load_two(block + 2, BLOCK_BYTES)
+    return values_of(layout, low_four(numbers)), values_of(layout, high_four(numbers))
+
+
+def scales_of_neighbours(layout, block, row_bytes):
+    return halves(load_head_words(block, row_bytes, BLOCK_BYTES))
+
+
 def unpack_in_blocks(layout, w, row_bytes, columns, panel):
     unpack_blocks(layout, BLOCK_BYTES, w, row_bytes, columns, panel)
 
@@ -331,6 +370,8 @@ def unpack_in_blocks(layout, w, row_bytes, columns, panel):
 for layout in (Q4_0, IQ4_NL):
     preparers.register(layout)(prepare_fours)
     quads.register(layout)(multiply_quad)
+    two_codes.register(layout)(codes_of_neighbours)
+    two_scales.register(layout)(scales_of_neighbours)
     unpackers.register(layout)(unpack_in_blocks)
     panels.register(layout)(multiply_blocks)
 

@@ -36,7 +36,7 @@ def column_counts(name: str) -> list[int]:
     length = FORMATS[name].length
     if length == 1:
         return [1, 5, 15, 16, 33, 100]
-    if length == 32:  # may be taken four at a time, and be added up in pairs of eight
+    if length == 32:  # may be taken two or four at a time, and be added up in pairs of eight
         return [length, 2 * length, 12 * length, 13 * length]
     return [length, 2 * length, 3 * length, 5 * length]
 
@@ -86,12 +86,12 @@ def test_bits_depend_on_neither_batch_nor_pieces(name: str) -> None:
             assert bits(np.concatenate(pieces, axis=1)) == bits(whole[:tokens])
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
 def test_a_wide_row_keeps_to_its_scratch(name: str) -> None:
     random = np.random.default_rng(SEED)
     raw = random_blocks(name, 5, 8192, random)
-    records = random_records(READERS[name].activation, 2, 8192, random)
-    for tokens in (1, 2):
+    records = random_records(READERS[name].activation, 3, 8192, random)
+    for tokens in (1, 2, 3):
         product = multiply(name, raw, 8192, records[:tokens])
         assert product_error(name, raw, records[:tokens], product) <= PRODUCT_ERROR
 
