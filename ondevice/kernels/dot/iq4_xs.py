@@ -13,7 +13,9 @@ from ondevice.kernels.dot.superblock import (
     SUPERBLOCK,
     add_panel,
     d_of_header,
+    moved,
     scales_at,
+    signed_words,
     sums_of_32_at,
 )
 from ondevice.kernels.dot.tile import (
@@ -30,17 +32,19 @@ from ondevice.kernels.dot.tile import (
     multiply,
     panels,
     quads,
+    raised,
     unpackers,
     wide_from_two,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import quad_dot_bytes, wide_dot_bytes, wide_dots_32
-from ondevice.kernels.shuffles import half_words, lane_shuffle, load_quad
+from ondevice.kernels.shuffles import byte_shuffle, half_words, lane_shuffle, load_quad, word_fields
 from ondevice.kernels.simd import bitcast, i32x16, load, store, u8x64, u32x16
 from ondevice.kernels.sums import add_dots, add_scaled, dots_scale, fold_quads
 from ondevice.kernels.tiles import (
     BIASED,
     IN_ONE,
+    PAIRED,
     STEPS_FULL,
     spread_words,
     zero_dots,
@@ -67,8 +71,47 @@ def iq4_xs_scale(first, second, j):
     return dots_scale(bitcast(i32x16, lower | (upper << np.uint32(4))) - np.int32(32))
 
 
+# in word i of a quarter of a header: the lower four and the upper two bits of scales i and i + 4
+low_scales = byte_shuffle([4, 6, None, None] * 2 + [5, 7, None, None] * 2)
+upper_scales = byte_shuffle([2, 3, None, None] * 4)
+low_fields = word_fields((0, 4, 0, 4), (15,) * 4)
+upper_fields = word_fields((0, 2, 4, 6), (3,) * 4)
+first_signed = byte_shuffle([None, 0] * 8)
+one_on, four_on = moved(1), moved(4)
+
+
+@inner
+def paired_quad(tile, w, row_bytes, columns, rows):
+    """Four rows where dots are PAIRED: a row's eight scales are put together at once."""
+    totals = zero_floats(tile)
+    for b in range(columns // SUPERBLOCK):
+        block = w + 136 * b
+        ask_quad(block, row_bytes, 136)
+        header = load_quad(block, row_bytes)
+        upper = raised(upper_fields(upper_scales(header)), 4)
+        all_scales = (low_fields(low_scales(header)) | upper) - np.uint8(32)
+        sums = zero_sums(tile)
+        for half in range(2):
+            scales = all_scales
+            for i in range(4):
+                j = 4 * half + i
+                scale = bitcast(i32x16, signed_words(first_signed(scales)))
+                x = load_quad(block + 8 + 16 * j, row_bytes)
+                low, high = full_codes(low_four(x)), full_codes(high_four(x))
+                at = SUPERBLOCK * b + 32 * j
+                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), low, rows, at), scale)
+                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), high, rows, at + 16), scale)
+                scales = four_on(scales)
+            all_scales = one_on(all_scales)
+        y_at = scales_at(columns) + 4 * b
+        totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
+    return totals
+
+
 @quads.register(IQ4_XS)
 def quad_iq4_xs(layout, tile, w, row_bytes, columns, rows):
+    if PAIRED:
+        return paired_quad(tile, w, row_bytes, columns, rows)
     totals = zero_floats(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 136 * b
