@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ondevice.kernels import expand
 from ondevice.kernels.activation import NONE, PER_32, PER_256
-from ondevice.kernels.dot import blocks, expanded, floats, iq4_xs, pairs, q4_k, q6_k
+from ondevice.kernels.dot import blocks, expanded, floats, iq4_xs, mxfp4, pairs, q4_k, q6_k, q8_0
 from ondevice.kernels.dot.tile import scratch_bytes
 from ondevice.kernels.operation import CompiledFunction
 
@@ -30,13 +30,13 @@ READERS = {
     "F32": Reader(floats.multiply_f32, expand.expand_f32, NONE, _no_scratch),
     "F16": Reader(floats.multiply_f16, expand.expand_f16, NONE, _no_scratch),
     "BF16": Reader(floats.multiply_bf16, expand.expand_bf16, NONE, _no_scratch),
-    "Q8_0": Reader(blocks.multiply_q8_0, expand.expand_q8_0, PER_32, scratch_bytes),
+    "Q8_0": Reader(q8_0.multiply_q8_0, expand.expand_q8_0, PER_32, scratch_bytes),
     "Q4_0": Reader(pairs.multiply_q4_0, expand.expand_q4_0, PER_32, scratch_bytes),
     "Q4_1": Reader(blocks.multiply_q4_1, expand.expand_q4_1, PER_32, scratch_bytes),
     "Q5_0": Reader(blocks.multiply_q5_0, expand.expand_q5_0, PER_32, scratch_bytes),
     "Q5_1": Reader(blocks.multiply_q5_1, expand.expand_q5_1, PER_32, scratch_bytes),
     "IQ4_NL": Reader(pairs.multiply_iq4_nl, expand.expand_iq4_nl, PER_32, scratch_bytes),
-    "MXFP4": Reader(blocks.multiply_mxfp4, expand.expand_mxfp4, PER_32, scratch_bytes),
+    "MXFP4": Reader(mxfp4.multiply_mxfp4, expand.expand_mxfp4, PER_32, scratch_bytes),
     "Q2_K": Reader(expanded.multiply_q2_k, expand.expand_q2_k, NONE, expanded.scratch_bytes),
     "Q3_K": Reader(expanded.multiply_q3_k, expand.expand_q3_k, NONE, expanded.scratch_bytes),
     "Q4_K": Reader(q4_k.multiply_q4_k, expand.expand_q4_k, PER_256, scratch_bytes),

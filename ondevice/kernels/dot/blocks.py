@@ -8,9 +8,10 @@ scale y, and the exact int32 sums of a block,
     Q4_1, Q5_1                                   w . a += y d (codes . a);  w . a += y m (sum a)
 
 Full bytes count as codes with an offset of 128 where dot products need that (tiles.BIASED).
-Records hold -8 times the sum of a: `factor` below makes it the surplus to be added. The rest of
-Q4_0 and IQ4_NL is in pairs.py.
-Block layouts: quant/q8_0.py, q4_0.py, ..., mxfp4.py.
+Records hold -8 times the sum of a: `factor` below makes it the surplus to be added. Here is what
+these formats share, and those that are only read; the others are in pairs.py (Q4_0, IQ4_NL),
+mxfp4.py and q8_0.py.
+Block layouts: quant/q4_1.py, q5_0.py, q5_1.py.
 """
 
 import numpy as np
@@ -29,22 +30,12 @@ from ondevice.kernels.dot.tile import (
     low_four,
     multiply,
     panels,
-    preparers,
     quads,
     raised,
     unpackers,
-    wide_from_four,
     wide_from_two,
     woven_high,
     woven_low,
-)
-from ondevice.kernels.dot.two_blocks import (
-    TWO,
-    five_bit_twos,
-    full_twos,
-    prepare_two_blocks,
-    two_codes,
-    two_scales,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import (
@@ -54,42 +45,12 @@ from ondevice.kernels.products import (
     wide_dot_in_order,
     wide_dots_32,
 )
-from ondevice.kernels.shuffles import (
-    byte_shuffle,
-    byte_table,
-    each_bit,
-    exponent_scale,
-    half_in_each,
-    half_words,
-    halves,
-    load_head_bytes,
-    load_head_words,
-    load_quad,
-    load_two,
-)
-from ondevice.kernels.simd import (
-    bitcast,
-    convert,
-    f32x16,
-    load,
-    store,
-    u8x64,
-    u32x8,
-    u32x16,
-    zero,
-)
-from ondevice.kernels.sums import (
-    add_multiple,
-    add_scaled,
-    begin_dots,
-    by_quarter,
-    end_dots,
-    fold_quads,
-)
+from ondevice.kernels.shuffles import byte_shuffle, each_bit, half_in_each, half_words, load_quad
+from ondevice.kernels.simd import f32x16, load, store, u8x64, u32x16, zero
+from ondevice.kernels.sums import add_multiple, add_scaled, begin_dots, end_dots, fold_quads
 from ondevice.kernels.tiles import (
     BIASED,
     IN_ONE,
-    SIXTEEN,
     STEPS_4,
     STEPS_5,
     STEPS_FULL,
@@ -102,9 +63,7 @@ from ondevice.kernels.tiles import (
 )
 from quant.jit import inner
 
-NAMES = ("Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q8_0")
-Q4_1, Q5_0, Q5_1, MXFP4, Q8_0 = (Layout(name) for name in NAMES)
-MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+Q4_1, Q5_0, Q5_1 = (Layout(name) for name in ("Q4_1", "Q5_0", "Q5_1"))
 BIAS = np.uint8(128 if BIASED else 0)
 BIAS_FACTOR = 16 if BIASED else 0
 
@@ -116,8 +75,6 @@ FIVE_LOW, FIVE_HIGH = [2] * 8 + [3] * 8, [4] * 8 + [5] * 8
 five_0_low, five_0_high = byte_shuffle(FIVE_LOW), byte_shuffle(FIVE_HIGH)
 five_1_low = byte_shuffle([place + 2 for place in FIVE_LOW])
 five_1_high = byte_shuffle([place + 2 for place in FIVE_HIGH])
-exponent_of_header = byte_shuffle([0, None, None, None] * 4)
-mxfp4_codes = byte_table([value + 16 for value in MXFP4_VALUES])
 
 
 def quad_block(layout, block, row_bytes):
@@ -132,10 +89,6 @@ def unpack_block(layout, w, row_bytes, codes, d, m):
 
 quad_blocks, block_unpackers = ByLayout(quad_block), ByLayout(unpack_block)
 wide_from_two(Q4_1, Q5_0, Q5_1)
-if SIXTEEN:
-    wide_from_four(MXFP4, Q8_0)
-else:
-    wide_from_two(MXFP4, Q8_0)
 
 
 @inner
@@ -219,38 +172,6 @@ def unpack_q5_1(layout, w, row_bytes, codes, d, m):
     unpack_halves(halves, d, m)
     unpack_nibbles(w + 8, row_bytes, codes)
     add_fifth_bits(bits, codes)
-
-
-@quad_blocks.register(MXFP4)
-def quad_mxfp4(layout, block, row_bytes):
-    x, header = load_quad(block + 1, row_bytes), load_quad(block, row_bytes)
-    d = exponent_scale(bitcast(u32x16, exponent_of_header(header)))
-    return mxfp4_codes(low_four(x)), mxfp4_codes(high_four(x)), d, zero(f32x16)
-
-
-@block_unpackers.register(MXFP4)
-def unpack_mxfp4(layout, w, row_bytes, codes, d, m):
-    headers = columns_of_sixteen(w, row_bytes)[0]
-    store(d, exponent_scale(headers & np.uint32(0xFF)))
-    unpack_nibbles(w + 1, row_bytes, codes)
-    for k in range(8):
-        store(codes + 64 * k, mxfp4_codes(load(u8x64, codes + 64 * k)))
-
-
-@quad_blocks.register(Q8_0)
-def quad_q8_0(layout, block, row_bytes):
-    x, y = load_quad(block + 2, row_bytes), load_quad(block + 18, row_bytes)
-    header = load_quad(block, row_bytes)
-    return x ^ BIAS, y ^ BIAS, first_half(header), zero(f32x16)
-
-
-@block_unpackers.register(Q8_0)
-def unpack_q8_0(layout, w, row_bytes, codes, d, m):
-    unpack_d(w, row_bytes, d)
-    for half in range(2):
-        pieces = codes_of_sixteen(w + 2 + 16 * half, row_bytes)
-        for i, piece in enumerate(pieces):
-            store(codes + 64 * (4 * half + i), bitcast(u8x64, piece) ^ BIAS)
 
 
 # ---- four rows ----
@@ -474,79 +395,3 @@ def q5_1_panel(layout, tile, panel, rows, columns, start, size, totals, later):
 @row_kernel
 def multiply_q5_1(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
     multiply(Q5_1, 8 * 24, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
-
-
-@quads.register(MXFP4)
-def mxfp4_quads(layout, tile, w, row_bytes, columns, rows):
-    if SIXTEEN and columns % TWO == 0:
-        return by_quarter(five_bit_twos(MXFP4, 17, tile, w, row_bytes, columns, rows))
-    return small_quads(MXFP4, 17, 2, tile, w, row_bytes, columns, rows)
-
-
-@preparers.register(MXFP4)
-def mxfp4_prepared(layout, tile, rows, columns, s):
-    return prepare_two_blocks(tile, rows, columns, s, 2)
-
-
-@two_codes.register(MXFP4)
-def mxfp4_two_codes(layout, block):
-    numbers = load_two(block + 1, 17)
-    return mxfp4_codes(low_four(numbers)), mxfp4_codes(high_four(numbers))
-
-
-@two_scales.register(MXFP4)
-def mxfp4_two_scales(layout, block, row_bytes):
-    return exponent_scale(convert(u32x8, load_head_bytes(block, row_bytes, 17)))
-
-
-@unpackers.register(MXFP4)
-def mxfp4_unpack(layout, w, row_bytes, columns, panel):
-    unpack_blocks(MXFP4, 17, w, row_bytes, columns, panel)
-
-
-@panels.register(MXFP4)
-def mxfp4_panel(layout, tile, panel, rows, columns, start, size, totals, later):
-    # the table holds up to 28: five bits
-    small_panel(2, STEPS_5, tile, panel, rows, columns, start, size, totals, later)
-
-
-@row_kernel
-def multiply_mxfp4(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(MXFP4, 8 * 17, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)
-
-
-@quads.register(Q8_0)
-def q8_0_quads(layout, tile, w, row_bytes, columns, rows):
-    if SIXTEEN and columns % TWO == 0:
-        return by_quarter(full_twos(Q8_0, 34, tile, w, row_bytes, columns, rows))
-    return full_quads(Q8_0, 34, tile, w, row_bytes, columns, rows)
-
-
-@preparers.register(Q8_0)
-def q8_0_prepared(layout, tile, rows, columns, s):
-    return prepare_two_blocks(tile, rows, columns, s, BIAS_FACTOR)
-
-
-@two_codes.register(Q8_0)
-def q8_0_two_codes(layout, block):
-    return load_two(block + 2, 34), load_two(block + 18, 34)
-
-
-@two_scales.register(Q8_0)
-def q8_0_two_scales(layout, block, row_bytes):
-    return halves(load_head_words(block, row_bytes, 34))
-
-
-@unpackers.register(Q8_0)
-def q8_0_unpack(layout, w, row_bytes, columns, panel):
-    unpack_blocks(Q8_0, 34, w, row_bytes, columns, panel)
-
-
-@panels.register(Q8_0)
-def q8_0_panel(layout, tile, panel, rows, columns, start, size, totals, later):
-    full_panel(tile, panel, rows, columns, start, size, totals, later)
-
-
-@row_kernel
-def multiply_q8_0(w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s):
-    multiply(Q8_0, 8 * 34, w, row_bytes, rows, columns, a, a_bytes, i, out, o_bytes, o, tokens, s)

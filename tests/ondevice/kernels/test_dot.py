@@ -6,7 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ondevice.kernels.dot import blocks, expanded, floats, iq4_xs, pairs, q4_k, q6_k, tile
+from ondevice.kernels.dot import (
+    blocks,
+    expanded,
+    floats,
+    iq4_xs,
+    mxfp4,
+    pairs,
+    q4_k,
+    q6_k,
+    q8_0,
+    tile,
+)
 from ondevice.kernels.formats import READERS
 from ondevice.kernels.simd import X86
 from quant.registry import FORMATS
@@ -42,7 +53,8 @@ def column_counts(name: str) -> list[int]:
 
 
 def test_every_family_of_formats_is_here() -> None:
-    families = {module.__name__ for module in (blocks, expanded, floats, iq4_xs, pairs, q4_k, q6_k)}
+    modules = (blocks, expanded, floats, iq4_xs, mxfp4, pairs, q4_k, q6_k, q8_0)
+    families = {module.__name__ for module in modules}
     assert {reader.multiply.__module__ for reader in READERS.values()} == families
 
 
