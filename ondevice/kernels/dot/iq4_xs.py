@@ -72,55 +72,38 @@ def iq4_xs_scale(first, second, j):
 
 
 # in word i of a quarter of a header: the lower four and the upper two bits of scales i and i + 4
-low_scales = byte_shuffle([4, 6, None, None] * 2 + [5, 7, None, None] * 2)
-upper_scales = byte_shuffle([2, 3, None, None] * 4)
+low_scales = byte_shuffle([4, None, 6, None] * 2 + [5, None, 7, None] * 2)
+upper_scales = byte_shuffle([2, None, 3, None] * 4)
 low_fields = word_fields((0, 4, 0, 4), (15,) * 4)
 upper_fields = word_fields((0, 2, 4, 6), (3,) * 4)
 first_signed = byte_shuffle([None, 0] * 8)
-one_on, four_on = moved(1), moved(4)
+two_on = moved(2)
 
 
 @inner
-def paired_quad(tile, w, row_bytes, columns, rows):
-    """Four rows where dots are PAIRED: a row's eight scales are put together at once."""
-    totals = zero_floats(tile)
-    for b in range(columns // SUPERBLOCK):
-        block = w + 136 * b
-        ask_quad(block, row_bytes, 136)
-        header = load_quad(block, row_bytes)
-        upper = raised(upper_fields(upper_scales(header)), 4)
-        all_scales = (low_fields(low_scales(header)) | upper) - np.uint8(32)
-        sums = zero_sums(tile)
-        for half in range(2):
-            scales = all_scales
-            for i in range(4):
-                j = 4 * half + i
-                scale = bitcast(i32x16, signed_words(first_signed(scales)))
-                x = load_quad(block + 8 + 16 * j, row_bytes)
-                low, high = full_codes(low_four(x)), full_codes(high_four(x))
-                at = SUPERBLOCK * b + 32 * j
-                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), low, rows, at), scale)
-                sums = add_dots(sums, quad_dot_bytes(zero_dots(tile), high, rows, at + 16), scale)
-                scales = four_on(scales)
-            all_scales = one_on(all_scales)
-        y_at = scales_at(columns) + 4 * b
-        totals = add_scaled(totals, fold_quads(sums), d_of_header(header), rows, y_at)
-    return totals
+def eight_scales(header):
+    """A quad of headers -> in each quarter, two bytes apart, scales 0, 4, 1, 5, 2, 6, 3, 7."""
+    upper = raised(upper_fields(upper_scales(header)), 4)
+    return (low_fields(low_scales(header)) | upper) - np.uint8(32)
 
 
 @quads.register(IQ4_XS)
 def quad_iq4_xs(layout, tile, w, row_bytes, columns, rows):
-    if PAIRED:
-        return paired_quad(tile, w, row_bytes, columns, rows)
     totals = zero_floats(tile)
     for b in range(columns // SUPERBLOCK):
         block = w + 136 * b
         ask_quad(block, row_bytes, 136)
         header = load_quad(block, row_bytes)
         first, second = first_words(bitcast(u32x16, header)), second_words(bitcast(u32x16, header))
-        sums = zero_sums(tile)
-        for j in range(8):
-            scale = iq4_xs_scale(first, second, j)
+        scales, sums = eight_scales(header), zero_sums(tile)
+        for i in range(8):
+            if PAIRED:  # the sums are exact, in whatever order
+                j = i // 2 + i % 2 * 4
+                scale = bitcast(i32x16, signed_words(first_signed(scales)))
+                scales = two_on(scales)
+            else:
+                j = i
+                scale = iq4_xs_scale(first, second, j)
             x = load_quad(block + 8 + 16 * j, row_bytes)
             low, high = full_codes(low_four(x)), full_codes(high_four(x))
             at = SUPERBLOCK * b + 32 * j

@@ -24,15 +24,16 @@ from ondevice.kernels.dot.tile import (
     preparers,
     quads,
     unpackers,
-    wide_from_four,
-    wide_from_two,
 )
 from ondevice.kernels.dot.two_blocks import (
     TWO,
-    five_bit_twos,
+    five_bit_sums,
     prepare_two_blocks,
+    two_blocks_of_quads,
     two_codes,
     two_scales,
+    two_sums,
+    wide_by_twos,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.shuffles import (
@@ -44,15 +45,12 @@ from ondevice.kernels.shuffles import (
     load_two,
 )
 from ondevice.kernels.simd import bitcast, convert, f32x16, load, store, u8x64, u32x8, u32x16, zero
-from ondevice.kernels.sums import by_quarter
 from ondevice.kernels.tiles import SIXTEEN, STEPS_5
 from quant.mxfp4 import VALUES
 
 MXFP4 = Layout("MXFP4")
-if SIXTEEN:
-    wide_from_four(MXFP4)
-else:
-    wide_from_two(MXFP4)
+wide_by_twos(MXFP4)
+two_sums.register(MXFP4)(five_bit_sums)
 
 mxfp4_codes = byte_table([value + 16 for value in VALUES])
 exponent_of_header = byte_shuffle([0, None, None, None] * 4)
@@ -77,7 +75,7 @@ def unpack_mxfp4(layout, w, row_bytes, codes, d, m):
 @quads.register(MXFP4)
 def mxfp4_quads(layout, tile, w, row_bytes, columns, rows):
     if SIXTEEN and columns % TWO == 0:
-        return by_quarter(five_bit_twos(MXFP4, 17, tile, w, row_bytes, columns, rows))
+        return two_blocks_of_quads(MXFP4, 17, tile, w, row_bytes, columns, rows)
     return small_quads(MXFP4, 17, 2, tile, w, row_bytes, columns, rows)
 
 

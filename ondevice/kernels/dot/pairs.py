@@ -52,16 +52,17 @@ from ondevice.kernels.dot.tile import (
     quads,
     rows_at,
     unpackers,
-    wide_from_four,
-    wide_from_two,
 )
 from ondevice.kernels.dot.two_blocks import (
     TWO,
-    four_bit_twos,
-    full_twos,
+    four_bit_sums,
+    full_sums,
     prepare_two_blocks,
+    two_blocks_of_quads,
     two_codes,
     two_scales,
+    two_sums,
+    wide_by_twos,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.products import codes_at, codes_dot, halves_of_four_blocks, wide_dot
@@ -107,10 +108,10 @@ FOUR = 4 * BLOCK_BYTES
 PREPARED = 256
 """Bytes of four blocks of a token in scratch."""
 Q4_0, IQ4_NL = Layout("Q4_0"), Layout("IQ4_NL")
-if SIXTEEN:
-    wide_from_four(Q4_0, IQ4_NL)
-elif not BY_FOURS:
-    wide_from_two(Q4_0, IQ4_NL)
+if not BY_FOURS:
+    wide_by_twos(Q4_0, IQ4_NL)
+two_sums.register(Q4_0)(four_bit_sums)
+two_sums.register(IQ4_NL)(full_sums)
 
 # ---- what the two formats differ in ----
 
@@ -135,14 +136,8 @@ def add_panel_block(layout, totals, tile, panel, rows, columns, start, i):
     raise NotImplementedError("only inside compiled kernels")
 
 
-def twos(layout, tile, w, row_bytes, columns, rows):
-    """Four rows, two blocks at a time, by two_blocks.py."""
-    raise NotImplementedError("only inside compiled kernels")
-
-
 values, factors = ByLayout(values_of), ByLayout(factor_of)
 adders, panel_adders = ByLayout(add_block), ByLayout(add_panel_block)
-ways_by_twos = ByLayout(twos)
 
 
 @values.register(Q4_0)
@@ -212,16 +207,6 @@ def quad_iq4_nl(layout, block, row_bytes):
     x, header = load_quad(block + 2, row_bytes), load_quad(block, row_bytes)
     low, high = full_codes(low_four(x)), full_codes(high_four(x))
     return low, high, first_half(header), zero(f32x16)
-
-
-@ways_by_twos.register(Q4_0)
-def twos_of_q4_0(layout, tile, w, row_bytes, columns, rows):
-    return four_bit_twos(Q4_0, BLOCK_BYTES, tile, w, row_bytes, columns, rows)
-
-
-@ways_by_twos.register(IQ4_NL)
-def twos_of_iq4_nl(layout, tile, w, row_bytes, columns, rows):
-    return full_twos(IQ4_NL, BLOCK_BYTES, tile, w, row_bytes, columns, rows)
 
 
 @block_unpackers.register(Q4_0)
@@ -320,7 +305,7 @@ def fours_of_quads(layout, tile, w, row_bytes, columns, rows):
 
 def multiply_quad(layout, tile, w, row_bytes, columns, rows):
     if SIXTEEN and columns % TWO == 0:
-        return by_quarter(twos(layout, tile, w, row_bytes, columns, rows))
+        return two_blocks_of_quads(layout, BLOCK_BYTES, tile, w, row_bytes, columns, rows)
     if BY_FOURS and columns % (4 * BLOCK) == 0:
         return by_quarter(fours_of_quads(layout, tile, w, row_bytes, columns, rows))
     totals, blocks = zero_floats(tile), columns // BLOCK

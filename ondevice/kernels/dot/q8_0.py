@@ -23,27 +23,25 @@ from ondevice.kernels.dot.tile import (
     preparers,
     quads,
     unpackers,
-    wide_from_four,
-    wide_from_two,
 )
 from ondevice.kernels.dot.two_blocks import (
     TWO,
-    full_twos,
+    full_sums,
     prepare_two_blocks,
+    two_blocks_of_quads,
     two_codes,
     two_scales,
+    two_sums,
+    wide_by_twos,
 )
 from ondevice.kernels.operation import row_kernel
 from ondevice.kernels.shuffles import halves, load_head_words, load_quad, load_two
 from ondevice.kernels.simd import bitcast, f32x16, store, u8x64, zero
-from ondevice.kernels.sums import by_quarter
 from ondevice.kernels.tiles import SIXTEEN
 
 Q8_0 = Layout("Q8_0")
-if SIXTEEN:
-    wide_from_four(Q8_0)
-else:
-    wide_from_two(Q8_0)
+wide_by_twos(Q8_0)
+two_sums.register(Q8_0)(full_sums)
 
 
 @quad_blocks.register(Q8_0)
@@ -65,7 +63,7 @@ def unpack_q8_0(layout, w, row_bytes, codes, d, m):
 @quads.register(Q8_0)
 def q8_0_quads(layout, tile, w, row_bytes, columns, rows):
     if SIXTEEN and columns % TWO == 0:
-        return by_quarter(full_twos(Q8_0, 34, tile, w, row_bytes, columns, rows))
+        return two_blocks_of_quads(Q8_0, 34, tile, w, row_bytes, columns, rows)
     return full_quads(Q8_0, 34, tile, w, row_bytes, columns, rows)
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from ondevice.kernels.dot.block import BLOCK, scale_at, sums_at
-from ondevice.kernels.dot.tile import ByLayout, ask_quad, rows_at
+from ondevice.kernels.dot.tile import ByLayout, ask_quad, rows_at, wide_from_four, wide_from_two
 from ondevice.kernels.products import two_dots, two_dots_bytes
 from ondevice.kernels.shuffles import lane_shuffle, pair_shuffle
 from ondevice.kernels.simd import i32x2, load, store, u8x32
 from ondevice.kernels.sums import (
     add_two_in_turn,
+    by_quarter,
     fold_two_fours,
     fold_two_pairs,
     fold_two_sums,
@@ -50,7 +51,15 @@ def scales_of_two(layout, block, row_bytes):
     raise NotImplementedError("only inside compiled kernels")
 
 
+def sums_of_two(layout, tile, block, row_bytes, rows, at):
+    """Sums of four rows' two blocks, and the tokens' surplus: a tile of i32x8."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
 two_codes, two_scales = ByLayout(codes_of_two), ByLayout(scales_of_two)
+two_sums = ByLayout(sums_of_two)
+wide_by_twos = wide_from_four if SIXTEEN else wide_from_two
+"""For formats whose few tokens are taken two blocks at a time where there is AVX2 alone."""
 
 
 @inner
@@ -72,10 +81,7 @@ def prepare_two_blocks(tile, rows, columns, s, factor):
     return result
 
 
-def _sums_of_four(dots: Any, fold: Any) -> Any:
-    """Sums of four rows' two blocks, and the surplus."""
-
-    @inner
+def _sums(dots: Any, fold: Any) -> Any:
     def sums(layout, tile, block, row_bytes, rows, at):
         low, high = codes_of_two(layout, block)
         a = dots(tile, low, high, rows, at)
@@ -93,26 +99,22 @@ def _sums_of_four(dots: Any, fold: Any) -> Any:
     return sums
 
 
-def _twos(sums_of_four: Any) -> Any:
-    """Four rows times the tokens: a tile of f32x4, a lane being a row."""
-
-    @inner
-    def twos(layout, block_bytes, tile, w, row_bytes, columns, rows):
-        totals = zero_fours(tile)
-        for two in range(columns // TWO):
-            block, at = w + 2 * block_bytes * two, PREPARED * two
-            ask_quad(block, row_bytes, 2 * block_bytes)
-            sums = sums_of_four(layout, tile, block, row_bytes, rows, at)
-            scales = scales_of_two(layout, block, row_bytes)
-            totals = add_two_in_turn(totals, sums, scales, rows, at + 96)
-        return totals
-
-    return twos
+four_bit_sums = _sums(two_dots, fold_two_fours)
+"""For `two_sums`: of codes up to 15."""
+five_bit_sums = _sums(two_dots, fold_two_pairs)
+"""The same of codes up to 31."""
+full_sums = _sums(two_dots_bytes, fold_two_sums)
+"""The same of full bytes."""
 
 
-four_bit_twos = _twos(_sums_of_four(two_dots, fold_two_fours))
-"""Of codes up to 15."""
-five_bit_twos = _twos(_sums_of_four(two_dots, fold_two_pairs))
-"""Of codes up to 31."""
-full_twos = _twos(_sums_of_four(two_dots_bytes, fold_two_sums))
-"""Of full bytes."""
+@inner
+def two_blocks_of_quads(layout, block_bytes, tile, w, row_bytes, columns, rows):
+    """Four rows times the tokens, as `quad` in tile.py."""
+    totals = zero_fours(tile)
+    for two in range(columns // TWO):
+        block, at = w + 2 * block_bytes * two, PREPARED * two
+        ask_quad(block, row_bytes, 2 * block_bytes)
+        sums = sums_of_two(layout, tile, block, row_bytes, rows, at)
+        scales = scales_of_two(layout, block, row_bytes)
+        totals = add_two_in_turn(totals, sums, scales, rows, at + 96)
+    return by_quarter(totals)
